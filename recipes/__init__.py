@@ -1,0 +1,1 @@
+"""Runnable examples: data sets, plain models and programs that use the library the way a project would."""
