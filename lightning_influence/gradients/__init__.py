@@ -1,0 +1,36 @@
+"""Per-sample gradients: selecting parameters, capturing their gradients, and the blocks that hold them."""
+
+from lightning_influence.gradients.blocks import (
+    Dense,
+    GradientBlock,
+    Gradients,
+    accumulation_dtype,
+    cat,
+    inner,
+    pack,
+    unpack,
+)
+from lightning_influence.gradients.capture import GradientCapture
+from lightning_influence.gradients.factored import Factored
+from lightning_influence.gradients.rows import Rows
+from lightning_influence.gradients.rules import LayerCall, gradient_rule
+from lightning_influence.gradients.selection import Selection, select, word_embeddings
+
+__all__ = [
+    "Dense",
+    "Factored",
+    "GradientBlock",
+    "GradientCapture",
+    "Gradients",
+    "LayerCall",
+    "Rows",
+    "Selection",
+    "accumulation_dtype",
+    "cat",
+    "gradient_rule",
+    "inner",
+    "pack",
+    "select",
+    "unpack",
+    "word_embeddings",
+]

@@ -1,0 +1,377 @@
+"""Per-sample gradients of one parameter as blocks, and the inner products between blocks.
+
+A block holds the gradients of N samples with respect to one parameter, in whatever form is small: ``Dense``
+here, ``Factored`` (outer products, in factored.py) and ``Rows`` (an inverted index over words, in rows.py).
+``Gradients`` maps full parameter names to blocks. Products accumulate in float32, or in float64 where a block
+is stored so.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar, TypeAlias, TypeVar
+
+import torch
+from torch import Tensor
+
+from lightning_influence.errors import QueryError, StoreError
+
+if TYPE_CHECKING:
+    from lightning_influence.gradients.rows import Rows
+
+BlockT = TypeVar("BlockT", bound="GradientBlock")
+
+CHUNK_ELEMENTS = 1 << 24  # intermediates of a product stay below 64 MiB in float32
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """float64 if any tensor is float64, else float32: half precision is for storage only."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def spans(length: int, elements_each: int) -> Iterator[slice]:
+    """Consecutive slices of ``range(length)`` holding at most CHUNK_ELEMENTS elements each (and at least one
+    item)."""
+    step = max(1, CHUNK_ELEMENTS // max(1, elements_each))
+    for start in range(0, length, step):
+        yield slice(start, min(length, start + step))
+
+
+class GradientBlock(ABC):
+    """The gradients of ``num_samples`` samples with respect to one parameter of shape ``shape``.
+
+    Blocks are values: every operation returns a new block. A subclass that is to be stored names its
+    ``kind``.
+    """
+
+    kind: ClassVar[str] = ""
+    kinds: ClassVar[dict[str, type[GradientBlock]]] = {}
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "kind" in cls.__dict__:
+            GradientBlock.kinds[cls.kind] = cls
+
+    @property
+    @abstractmethod
+    def num_samples(self) -> int:
+        """N, the number of samples in the block."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter, without the sample dimension."""
+
+    @property
+    @abstractmethod
+    def dtype(self) -> torch.dtype:
+        """The type in which the values are held; products accumulate in float32 or float64."""
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the values are."""
+
+    @abstractmethod
+    def dense(self) -> Tensor:
+        """The gradients written out, (N, *shape), in the accumulation type."""
+
+    @abstractmethod
+    def select(self, index: Tensor) -> GradientBlock:
+        """The samples at ``index`` (K,) in that order; repeats are allowed."""
+
+    @abstractmethod
+    def scaled(self, weights: Tensor) -> GradientBlock:
+        """Every sample's gradient times its weight; ``weights`` (N,)."""
+
+    @abstractmethod
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> GradientBlock:
+        """The block elsewhere or in another floating type."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """The fields of the block as plain tensors, for the store; ``from_tensors`` reads them back."""
+
+    @classmethod
+    @abstractmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> GradientBlock:
+        """The block whose ``tensors()`` these are; memory-mapped values are not read."""
+
+    @classmethod
+    @abstractmethod
+    def join(cls: type[BlockT], blocks: Sequence[BlockT]) -> GradientBlock:
+        """Blocks of this one type laid one after the other along the samples."""
+
+    @abstractmethod
+    def all_finite(self) -> bool:
+        """False when a value is NaN or infinite."""
+
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes of the values and indices held."""
+
+    def sum(self) -> Tensor:
+        """Sum over the samples, (*shape): what autograd itself would give."""
+        return self.dense().sum(0)
+
+    def multiplied(self, factor: Tensor) -> GradientBlock:
+        """Every sample's gradient times ``factor`` (*shape), element by element."""
+        dense = self.dense()
+        return Dense(dense * factor.to(dense))
+
+    def plus(self, other: GradientBlock) -> GradientBlock:
+        """The gradients of the same samples added, as for a parameter that is used twice."""
+        self._check_alike(other, same_samples=True)
+        return Dense(self.dense() + other.dense())
+
+    def inner(self, query: GradientBlock) -> Tensor:
+        """⟨query q, sample n⟩ for every pair, (Q, N); ``self`` is the training side."""
+        self._check_alike(query)
+        wanted = query.dense().flatten(1)  # (Q, P)
+        products = []
+        for span in spans(self.num_samples, wanted.shape[1]):
+            mine = self.select(torch.arange(span.start, span.stop)).dense().flatten(1)  # (n, P)
+            kind = accumulation_dtype(wanted, mine)
+            products.append(wanted.to(kind) @ mine.to(wanted.device, kind).T)
+        return torch.cat(products, 1) if products else wanted.new_zeros(query.num_samples, 0)
+
+    def pairwise(self, other: GradientBlock) -> Tensor:
+        """⟨other n, self n⟩ row by row, (N,)."""
+        self._check_alike(other, same_samples=True)
+        mine, theirs = self.dense().flatten(1), other.dense().flatten(1)
+        kind = accumulation_dtype(mine, theirs)
+        return (mine.to(kind) * theirs.to(kind)).sum(1)
+
+    def norm(self) -> Tensor:
+        """Euclidean norm of every sample's gradient, (N,)."""
+        return self.pairwise(self).clamp_min(0).sqrt()
+
+    def against_rows(self, train: Rows) -> Tensor:
+        """The inner products of this query with a training block of rows, (Q, N).
+
+        ``Rows.inner`` hands over to here, so that a query block of another type can say how it meets an
+        inverted index (synonym matching does). This general form gathers the query's rows at the words of the
+        index.
+        """
+        self._check_alike(train)
+        dense = self.dense()  # (Q, V, D)
+        kind = accumulation_dtype(dense, train.values)
+        out = torch.zeros(self.num_samples, train.num_samples, dtype=kind, device=dense.device)
+        for span in spans(train.values.shape[0], train.values.shape[1]):
+            values = train.values[span].to(dense.device, kind)  # (M, D)
+            words, owners = train.words[span], train.owners[span]
+            for q in range(self.num_samples):
+                out[q].index_add_(0, owners, (dense[q, words].to(kind) * values).sum(1))
+        return out
+
+    def _check_alike(self, other: GradientBlock, *, same_samples: bool = False) -> None:
+        if self.shape != other.shape:
+            raise QueryError(
+                "two gradient blocks belong to parameters of different shapes",
+                expected=self.shape,
+                found=other.shape,
+                hint="use gradients that were captured from the same model",
+            )
+        if same_samples and self.num_samples != other.num_samples:
+            raise QueryError(
+                "two gradient blocks hold different numbers of samples",
+                expected=self.num_samples,
+                found=other.num_samples,
+                hint="this operation goes sample by sample: select the same samples in both",
+            )
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.num_samples} samples of {self.shape}, {self.dtype})"
+
+
+Gradients: TypeAlias = Mapping[str, GradientBlock]
+
+
+class Dense(GradientBlock):
+    """Gradients written out; ``values`` (N, *shape)."""
+
+    kind = "dense"
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    @property
+    def num_samples(self) -> int:
+        return self.values.shape[0]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.values.shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def dense(self) -> Tensor:
+        return self.values.to(accumulation_dtype(self.values))
+
+    def inner(self, query: GradientBlock) -> Tensor:
+        from lightning_influence.gradients.rows import Rows
+
+        if isinstance(query, Rows):
+            return query.inner(self).T
+        return super().inner(query)
+
+    def select(self, index: Tensor) -> Dense:
+        return Dense(self.values[index.to(self.values.device)])
+
+    def scaled(self, weights: Tensor) -> Dense:
+        weights = weights.to(self.device, accumulation_dtype(self.values))
+        return Dense((self.values * weights.view(-1, *[1] * (self.values.dim() - 1))).to(self.dtype))
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Dense:
+        return Dense(self.values.to(device=device or self.device, dtype=dtype or self.dtype))
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {"values": self.values}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Dense:
+        return cls(tensors["values"])
+
+    @classmethod
+    def join(cls, blocks: Sequence[Dense]) -> Dense:
+        return cls(torch.cat([block.values for block in blocks]))
+
+    def all_finite(self) -> bool:
+        return tensor_is_finite(self.values)
+
+    def nbytes(self) -> int:
+        return self.values.nbytes
+
+
+def tensor_is_finite(tensor: Tensor) -> bool:
+    """True when no element is NaN or infinite; one pass, no temporary."""
+    if tensor.numel() == 0:
+        return True
+    low, high = torch.aminmax(tensor.detach())
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
+
+
+def cat(parts: Sequence[Gradients]) -> dict[str, GradientBlock]:
+    """The same parameters' blocks of several batches, one after the other along the samples.
+
+    Blocks of one parameter that come in different types (a long batch compacted to Dense, a short one
+    Factored) are joined as Dense. Sequences of different lengths are padded with zeros.
+    """
+    if not parts:
+        raise QueryError("there are no gradients to join", expected="at least one batch", found=0, hint="capture first")
+    names = list(parts[0])
+    for part in parts[1:]:
+        if set(part) != set(names):
+            raise QueryError(
+                "batches of gradients name different parameters",
+                expected=sorted(names),
+                found=sorted(part),
+                hint="capture every batch with the same selection",
+            )
+    joined: dict[str, GradientBlock] = {}
+    for name in names:
+        blocks = [part[name] for part in parts]
+        if len({block.shape for block in blocks}) > 1:
+            blocks[0]._check_alike(next(block for block in blocks if block.shape != blocks[0].shape))
+        types = {type(block) for block in blocks}
+        if len(blocks) == 1:
+            joined[name] = blocks[0]
+        elif len(types) == 1:
+            joined[name] = types.pop().join(blocks)
+        else:
+            widest = max((block.dtype for block in blocks), key=lambda dtype: torch.finfo(dtype).bits)
+            joined[name] = Dense(torch.cat([block.dense() for block in blocks]).to(widest))
+    return joined
+
+
+def inner(train: Gradients, query: Gradients) -> Tensor:
+    """⟨query q, sample n⟩ summed over the parameters of the query, (Q, N).
+
+    Errors:
+        QueryError: the query names a parameter that the training gradients lack, or names none.
+    """
+    total: Tensor | None = None
+    for name, block in query.items():
+        if name not in train:
+            raise QueryError(
+                f"the training gradients hold nothing for parameter {name!r}",
+                expected=sorted(train),
+                found=sorted(query),
+                hint="select for the query a subset of the parameters that were captured from training",
+            )
+        product = train[name].inner(block)
+        total = product if total is None else total + product
+    if total is None:
+        raise QueryError("the query names no parameter", expected="one or more", found=0, hint="select parameters")
+    return total
+
+
+def pack(gradients: Gradients) -> dict[str, Tensor]:
+    """Plain tensors for a file, under keys ``<kind>|<parameter>|<field>``."""
+    packed: dict[str, Tensor] = {}
+    for name, block in gradients.items():
+        if type(block) is not GradientBlock.kinds.get(block.kind):
+            raise TypeError(f"{type(block).__name__} is a block for queries and is not stored")
+        for field, tensor in block.tensors().items():
+            packed[f"{block.kind}|{name}|{field}"] = tensor
+    return packed
+
+
+def unpack(tensors: Mapping[str, Tensor]) -> Gradients:
+    """The gradients that ``pack`` wrote, each block built at its first use; keys of other origin are passed
+    over.
+
+    Errors:
+        StoreError: a block kind that this version does not know.
+    """
+    fields: dict[str, tuple[str, list[str]]] = {}
+    for key in tensors:
+        parts = key.split("|")
+        if len(parts) != 3:
+            continue
+        kind, name, field = parts
+        if kind not in GradientBlock.kinds:
+            raise StoreError(
+                f"gradients of {name!r} are stored in an unknown form",
+                expected=sorted(GradientBlock.kinds),
+                found=kind,
+                hint="the store was written by a newer version of the library, or the file is damaged",
+            )
+        fields.setdefault(name, (kind, []))[1].append(field)
+    return _Unpacked(tensors, fields)
+
+
+class _Unpacked(Mapping[str, GradientBlock]):
+    """Blocks over stored tensors, built at first use so that unused parameters are never read."""
+
+    def __init__(self, tensors: Mapping[str, Tensor], fields: Mapping[str, tuple[str, list[str]]]) -> None:
+        self._tensors, self._fields = tensors, fields
+        self._built: dict[str, GradientBlock] = {}
+
+    def __getitem__(self, name: str) -> GradientBlock:
+        if name not in self._built:
+            kind, fields = self._fields[name]
+            found = {field: self._tensors[f"{kind}|{name}|{field}"] for field in fields}
+            try:
+                self._built[name] = GradientBlock.kinds[kind].from_tensors(found)
+            except KeyError as error:
+                raise StoreError(
+                    f"gradients of {name!r} lack a tensor",
+                    expected=f"a field named {error}",
+                    found=sorted(fields),
+                    hint="the file is damaged: verify the store",
+                ) from error
+        return self._built[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
