@@ -71,7 +71,7 @@ def tracin(
     queries: Sequence[Any],
     denominators: Sequence[State] | None = None,
 ) -> Tensor:
-    """sum_c sum_p eta_c(p) <grad_p m(q; theta_c) / d_c(p), grad_p l(z; theta_c)>, (Q, N); p are the names in the rates."""
+    """sum_c sum_p eta_c(p) <grad_p m(q; theta_c) / d_c(p), grad_p l(z; theta_c)>, (Q, N); the rates name the p."""
     scores = torch.zeros(len(queries), len(samples), dtype=torch.float64)
     for c, (state, rates) in enumerate(checkpoints):
         train = per_sample_gradients(at(module, state), loss_fn, samples, rates)
@@ -122,7 +122,7 @@ def tracin_we(
     top_words: int | None = None,
     synonyms: float | None = None,
 ) -> list[list[dict[tuple[int, int], float]]]:
-    """For each query and sample: (word of the query, word of the sample) -> its contribution; their sum is the score."""
+    """For each query and sample: (word of the query, word of the sample) -> contribution; their sum is the score."""
     found: list[list[dict[tuple[int, int], float]]] = [[{} for _ in samples] for _ in queries]
     embedding = checkpoints[-1][0][name].double()
     for state, rate in checkpoints:

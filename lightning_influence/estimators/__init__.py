@@ -1,0 +1,22 @@
+"""Estimators, each of which says what enters the one bilinear form, and baselines with the same interface."""
+
+from lightning_influence.estimators.estimator import Attributor, Estimator, Queries, ScoreBlock, Stage, Term
+from lightning_influence.estimators.similarity import BM25, EmbeddingCosine, Random, TfIdf
+from lightning_influence.estimators.tracin import TracIn, TracInLast
+from lightning_influence.estimators.tracin_we import TracInWE
+
+__all__ = [
+    "BM25",
+    "Attributor",
+    "EmbeddingCosine",
+    "Estimator",
+    "Queries",
+    "Random",
+    "ScoreBlock",
+    "Stage",
+    "Term",
+    "TfIdf",
+    "TracIn",
+    "TracInLast",
+    "TracInWE",
+]

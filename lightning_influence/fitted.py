@@ -1,0 +1,111 @@
+"""What a query must have in common with the fit that wrote the store: the model and, where it is read, the dataset."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+
+from lightning_influence.artifacts import ArtifactStore
+from lightning_influence.errors import QueryError, StoreError
+from lightning_influence.replay import TrainingData
+from lightning_influence.samples import fingerprint
+
+
+def rebuilt(kind: type[LightningModule], store: ArtifactStore) -> LightningModule:
+    """The module of class `kind` with the hyper-parameters and the last weights of the store.
+
+    Raises:
+        StoreError: the store has no such hyper-parameters, or the class does not take them.
+    """
+    saved = store.manifest.hyper_parameters
+    hint = "pass the module itself: InfluenceModule(module, store, estimator)"
+    if saved is None:
+        raise StoreError(
+            f"{kind.__name__} cannot be rebuilt from the store",
+            expected="hyper-parameters saved with save_hyperparameters(), of plain numbers, texts and lists",
+            found="none",
+            hint=hint,
+        )
+    with torch.inference_mode(False):
+        try:
+            module = kind(**_taken(kind, saved))
+        except TypeError as error:
+            raise StoreError(
+                f"{kind.__name__} cannot be rebuilt from the hyper-parameters in the store",
+                expected=f"arguments of {kind.__name__}: save_hyperparameters() in its __init__ keeps them",
+                found=f"{saved} ({error})",
+                hint=hint,
+            ) from error
+        check_model(module, store)
+        checkpoints = store.checkpoints()
+        if checkpoints:
+            weights = store.weights(checkpoints[-1])
+            for name, value in module.state_dict(keep_vars=True).items():
+                if name in weights:  # a module that was fitted in another precision
+                    value.data = value.data.to(weights[name].dtype)
+            module.load_state_dict(weights, strict=False)
+    return module
+
+
+def _taken(kind: type[LightningModule], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The saved hyper-parameters that the class takes: those of a base class that saves its own too are left out."""
+    takes = inspect.signature(kind).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
+        return dict(saved)
+    return {name: value for name, value in saved.items() if name in takes}
+
+
+def check_model(module: LightningModule, store: ArtifactStore) -> None:
+    """Refuse a module that the store was not written with, and one that autograd cannot follow.
+
+    Raises:
+        StoreError: its parameters differ by name or shape.
+        QueryError: a parameter was created under inference mode.
+    """
+    expected = {name: tuple(spec.shape) for name, spec in store.manifest.parameters.items()}
+    found = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    for name in dict.fromkeys((*expected, *found)):
+        if expected.get(name) != found.get(name):
+            raise StoreError(
+                f"the store at {store.root} belongs to another model: parameter '{name}' differs",
+                expected=f"shape {expected[name]}" if name in expected else "no such parameter",
+                found=f"shape {found[name]}" if name in found else "no such parameter",
+                hint=f"pass the module that was fitted ({store.manifest.module_class}), with its hyper-parameters",
+            )
+    for name, parameter in module.named_parameters():
+        if parameter.is_inference():
+            raise QueryError(
+                f"parameter '{name}' was created under torch.inference_mode()",
+                expected="parameters that autograd can follow",
+                found="an inference tensor",
+                hint="build or load the module outside inference mode",
+            )
+
+
+def check_training_data(loader: Any, store: ArtifactStore) -> None:
+    """Refuse a loader of another training set.
+
+    Raises:
+        StoreError: another length, content or order.
+        UnsupportedError: a loader that cannot be walked by position.
+    """
+    dataset, manifest = TrainingData.of(loader).dataset, store.manifest
+    if len(dataset) != manifest.dataset_length:
+        raise StoreError(
+            f"the store at {store.root} belongs to another training set",
+            expected=f"{manifest.dataset_length} samples",
+            found=f"{len(dataset)} samples",
+            hint="pass the loader of the dataset that was fitted, unfiltered and in its order",
+        )
+    found = fingerprint(dataset)
+    if found != manifest.dataset_fingerprint:
+        raise StoreError(
+            f"the store at {store.root} belongs to a training set of other content or order",
+            expected=f"fingerprint {manifest.dataset_fingerprint}",
+            found=f"fingerprint {found}",
+            hint="pass the dataset that was fitted, in its order; sample ids are positions in it",
+        )
