@@ -22,6 +22,7 @@ from torch.utils.hooks import RemovableHandle
 from lightning_influence.errors import CaptureError
 from lightning_influence.gradients.blocks import GradientBlock
 from lightning_influence.gradients.functional import FunctionalUses, LayerUse
+from lightning_influence.gradients.listening import depth
 from lightning_influence.gradients.rules import LayerCall, apply_rule, rule_for, runs_again
 from lightning_influence.gradients.selection import Selection
 
@@ -69,6 +70,7 @@ class GradientCapture:
         self._called: set[str] = set()
         self._inside: list[nn.Module] = []
         self._paused = False
+        self._depth = 0
         self._handles: list[RemovableHandle] = []
         self._mode: FunctionalUses | None = None
 
@@ -85,6 +87,7 @@ class GradientCapture:
         """Put the hooks on the selected layers; ``with`` does it."""
         if self._handles:
             return
+        self._depth = depth()
         for layer in self.selection.layers:
             if self.functional and isinstance(layer, nn.Embedding) and rule_for(type(layer)) is None:
                 continue  # a subclass: the look-up inside its forward is captured, whatever the forward does to it
@@ -186,7 +189,7 @@ class GradientCapture:
     def _watch(self, use: LayerUse, output: Any) -> Any:
         """Hook the floating-point outputs of one use; returns the output to go on with, None for the same
         one."""
-        if self._paused or self._num_samples is None or not torch.is_grad_enabled():
+        if self._paused or self._num_samples is None or not torch.is_grad_enabled() or depth() != self._depth:
             return None
         leaves, spec = tree_flatten(output)
         places = [k for k, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_influence.gradients.blocks import accumulation_dtype
@@ -70,24 +71,23 @@ def _shared_bounds(query: Rows, train: Rows) -> Tensor:
 
 def _strips(bounds: list[list[int]]) -> Iterator[_Strip]:
     """Neighbouring words, as long as the cells multiplied for nothing cost less than the calls that are saved."""
-    strip: _Strip | None = None  # of rare words only
+    # plain numbers instead of a _Strip that grows: with tens of thousands of rare words this loop is felt
+    first, i0, j1, k0, m1 = -1, 0, 0, 0, 0  # the open strip, of rare words only; none while first < 0
     for word, (i, j, k, m) in enumerate(bounds):
-        alone = _Strip(word, word + 1, i, j, k, m)
-        if (j - i) * (m - k) > RARE:
-            if strip is not None:
-                yield strip
-            yield alone
-            strip = None
-            continue
-        if strip is None:
-            strip = alone
-        elif (j - strip.i) * (m - strip.k) <= min(STRIP_CELLS, CALL_CELLS * (word + 1 - strip.first)):
-            strip = strip._replace(last=word + 1, j=j, m=m)
+        rare = (j - i) * (m - k) <= RARE
+        if first >= 0:
+            cells = (j - i0) * (m - k0)
+            if rare and cells <= STRIP_CELLS and cells <= CALL_CELLS * (word + 1 - first):
+                j1, m1 = j, m
+                continue
+            yield _Strip(first, word, i0, j1, k0, m1)
+            first = -1
+        if rare:
+            first, i0, j1, k0, m1 = word, i, j, k, m
         else:
-            yield strip
-            strip = alone
-    if strip is not None:
-        yield strip
+            yield _Strip(word, word + 1, i, j, k, m)
+    if first >= 0:
+        yield _Strip(first, len(bounds), i0, j1, k0, m1)
 
 
 def _add_word(table: Tensor, query: Rows, train: Rows, strip: _Strip) -> None:
@@ -101,37 +101,39 @@ def _add_word(table: Tensor, query: Rows, train: Rows, strip: _Strip) -> None:
         values = every.index_copy_(0, query_owners, values)
     step = max(1, PRODUCT_CELLS // values.shape[0])
     for start in range(k, m, step):
-        rows = slice(start, min(m, start + step))
-        products = train.values[rows].to(table) @ values.T  # (n, q) or (n, Q)
-        owners = train.owners[rows].to(table.device)
+        stop = min(m, start + step)
+        products = F.linear(train.values[start:stop].to(table), values)  # (n, q) or (n, Q)
+        owners = train.owners[start:stop].to(table.device)
         if common:
             table.index_add_(0, owners, products)
         else:
-            cells = owners[:, None] * num_queries + query_owners
+            cells = (owners * num_queries).unsqueeze(1) + query_owners
             table.view(-1).scatter_add_(0, cells.view(-1), products.view(-1))
 
 
 def _add_strips(table: Tensor, query: Rows, train: Rows, bounds: Tensor, strips: list[_Strip]) -> None:
-    """The products of many rare words into the table: one product per strip, its cells picked out by index."""
+    """The products of many rare words into the table: one product per strip, its cells picked out by index.
+
+    Pairs are enumerated word by word, within a word by query row, within that by training row: what belongs to a query
+    row is worked out once, on R rows, and repeated over the P pairs.
+    """
     device = table.device
     words = torch.cat([torch.arange(strip.first, strip.last, device=device) for strip in strips])
     i, j, k, m = bounds[words].unbind(1)  # (W,) each
-    counts = torch.tensor([strip.last - strip.first for strip in strips], device=device)
-    corners = torch.tensor([[strip.i, strip.k, strip.j - strip.i] for strip in strips], device=device)
-    corner_i, corner_k, width = corners.repeat_interleave(counts, 0).unbind(1)
-    pairs = (j - i) * (m - k)
-    ends = pairs.cumsum(0)
-    heights = (m - k).repeat_interleave(j - i)  # (R,) one for every query row, whose training rows follow
-    upper = torch.arange(heights.shape[0], device=device) - ((j - i).cumsum(0) - (j - i)).repeat_interleave(j - i)
-    corner = ((k - corner_k) * width + i - corner_i).repeat_interleave(j - i) + upper
-    column = query.owners.index_select(0, i.repeat_interleave(j - i) + upper)
-    first = heights.cumsum(0) - heights
-    beside = torch.arange(int(ends[-1]), device=device) - first.repeat_interleave(heights)  # (P,)
-    picked = beside * width.repeat_interleave(pairs) + corner.repeat_interleave(heights)
-    cells = train.owners.to(device).index_select(0, beside + k.repeat_interleave(pairs))
-    cells = cells * table.shape[1] + column.repeat_interleave(heights)
-    stops = [0, *ends[counts.cumsum(0) - 1].tolist()]
+    corners = torch.tensor([[s.last - s.first, s.i, s.k, s.j - s.i] for s in strips], device=device)
+    corner_i, corner_k, width = corners[:, 1:].repeat_interleave(corners[:, 0], 0).unbind(1)
+    ends = ((j - i) * (m - k)).cumsum(0)
+    stops = [0, *ends[corners[:, 0].cumsum(0) - 1].tolist()]
+    word = torch.arange(len(words), device=device).repeat_interleave(j - i)  # (R,) of every query row
+    row = torch.arange(len(word), device=device) + (i - (j - i).cumsum(0) + (j - i))[word]
+    heights, width, k = (m - k)[word], width[word], k[word]
+    first = heights.cumsum(0) - heights  # the number of the query row's first pair
+    corner = (k - corner_k[word] - first) * width + row - corner_i[word]
+    column = query.owners.index_select(0, row)
+    pair = torch.arange(stops[-1], device=device)
+    picked = (pair * width.repeat_interleave(heights)).add_(corner.repeat_interleave(heights))  # (P,) in its strip
+    cells = train.owners.to(device).index_select(0, pair.add_((k - first).repeat_interleave(heights)))
+    cells = cells.mul_(table.shape[1]).add_(column.repeat_interleave(heights))
     for strip, start, stop in zip(strips, stops[:-1], stops[1:], strict=True):
-        left = train.values[strip.k : strip.m].to(table)
-        products = left @ query.values[strip.i : strip.j].to(table.dtype).T
+        products = F.linear(train.values[strip.k : strip.m].to(table), query.values[strip.i : strip.j].to(table.dtype))
         table.view(-1).scatter_add_(0, cells[start:stop], products.view(-1).take(picked[start:stop]))
