@@ -57,6 +57,7 @@ def run(text: str, name: str = "README.md") -> dict[str, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
 def test_the_readme_runs(tmp_path, monkeypatch):
     text = README.read_text(encoding="utf-8")
     assert len(_BLOCK.findall(text)) == 2, "the blocks to fit and to query are marked <!-- tested -->"
