@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_influence.artifacts import UNBOUNDED
+from lightning_influence.artifacts import UNBOUNDED, StepRange
 from lightning_influence.artifacts.tensor_files import write_tensors
 from lightning_influence.errors import QueryError, StoreError
 from lightning_influence.estimators.estimator import Attributor, Estimator, Queries, Stage, by_span, train_side
@@ -197,10 +197,10 @@ class TopK:
         found = int((self._ids != _NOBODY).sum(1).min()) if len(self._ids) else self._k
         if found < self._k:
             raise QueryError(
-                "k exceeds the number of training samples",
+                "k exceeds the number of samples that were trained on",
                 expected=f"k <= {found}",
                 found=f"k = {self._k}",
-                hint="choose a smaller k",
+                hint="choose a smaller k, or let the fit see more of its data (limit_train_batches)",
             )
         return Ranking(self._ids, self._scores)
 
@@ -223,6 +223,8 @@ def _first_k(scores: Tensor, k: int, largest: bool) -> Tensor:
 def attribute(stage: Stage, attributor: Attributor, queries: Queries, k: int) -> tuple[Ranking, Ranking]:
     """(proponents, opponents) of every query, from one pass over the blocks of scores.
 
+    Samples that no block speaks of (in flight: never trained on) are not ranked.
+
     Raises:
         QueryError: k exceeds the number of samples; a score is NaN or infinite; whatever the attributor refuses.
     """
@@ -230,13 +232,18 @@ def attribute(stage: Stage, attributor: Attributor, queries: Queries, k: int) ->
     for block in attributor.score_blocks(stage, queries):
         highest.update(block.queries, block.sample_ids, block.scores)
         lowest.update(block.queries, block.sample_ids, block.scores)
-    proponents, opponents = highest.ranking(), lowest.ranking()
-    attributor.check(torch.maximum(proponents.scores[:, 0].abs(), opponents.scores[:, 0].abs()))
-    return proponents, opponents
+    return highest.ranking(), lowest.ranking()
+
+
+def refuse_meaningless(attributor: Attributor, answers: Attribution) -> None:
+    """Whatever the attributor refuses once it sees the answers."""
+    largest = torch.maximum(answers.proponents.scores[:, 0].abs(), answers.opponents.scores[:, 0].abs())
+    attributor.check(largest, answers.query_ids)
 
 
 def score_matrix(stage: Stage, attributor: Attributor, queries: Queries) -> Tensor:
-    """All scores (Q, N), samples in dataset order (for a stream: in the order of their ids).
+    """All scores (Q, N), samples in dataset order (for a stream: in the order of their ids). A sample that was never
+    trained on, in flight, has a column of zeros.
 
     Raises:
         QueryError: a score is NaN or infinite; whatever the attributor refuses.
@@ -251,7 +258,7 @@ def score_matrix(stage: Stage, attributor: Attributor, queries: Queries) -> Tens
         scores[block.queries, torch.searchsorted(ids, block.sample_ids)] = block.scores.cpu()
     if scores is None:
         raise QueryError("there are no scores", expected="training samples", found="none", hint="look at the store")
-    attributor.check(scores.abs().amax(1))
+    attributor.check(scores.abs().amax(1), torch.arange(len(queries)))
     return scores
 
 
@@ -261,9 +268,10 @@ def self_influence(stage: Stage, estimator: Estimator) -> Tensor:
         sum over terms c of w_c(z) < T_c grad l(z; theta_c), grad l(z; theta_c) >
 
     TracIn: sum over c of eta_c |grad l(z; theta_c)|^2 (Pruthi et al. 2020, section 4.1); in flight, where a sample's
-    gradient is known at the weights that trained on it, sum over t of eta_t / B_t |grad l(z; w_t)|^2.
+    gradient is known at the weights that trained on it, sum over t of eta_t / B_t |grad l(z; w_t)|^2, which is 0 for
+    one that was never trained on.
     """
-    terms, parts = estimator.terms(stage), []
+    terms, parts, length = estimator.terms(stage), [], stage.store.manifest.dataset_length
     for ids, shards in by_span(terms, stage.store):
         total: Tensor | None = None
         for index, shard in shards:
@@ -272,6 +280,8 @@ def self_influence(stage: Stage, estimator: Estimator) -> Tensor:
             products = sum((train.gradients[name].pairwise(block) for name, block in own.items()), torch.zeros(()))
             total = train.added(total, products[None], len(ids))
         if total is not None:
+            if length < UNBOUNDED and len(ids) != length and isinstance(terms[shards[0][0]].train_at, StepRange):
+                return total.new_zeros(length).index_copy_(0, ids.to(total.device), total[0])
             parts.append(total[0])
     return torch.cat(parts)
 

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Collection, Sequence
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from lightning_influence.artifacts import ArtifactStore, Checkpoint
-from lightning_influence.attribution import Attribution, attribute, score_matrix, self_influence
+from lightning_influence.attribution import Attribution, attribute, refuse_meaningless, score_matrix, self_influence
 from lightning_influence.errors import InfluenceError, QueryError
 from lightning_influence.estimators.estimator import Attributor, Estimator, Queries, Stage, query_side
 from lightning_influence.estimators.tokens import token_look_ups, token_sequences
 from lightning_influence.estimators.tracin import look_ups
 from lightning_influence.fitted import check_model, check_training_data, rebuilt
 from lightning_influence.gradients import GradientCapture, Gradients, Selection, cat, select
-from lightning_influence.objective import Measurement, PerSample, query_objective
+from lightning_influence.objective import Measurement, Objective, PerSample, query_objective
+from lightning_influence.query_batches import Carried, laid_aside, num_queries, query_ids, refuse_idle_ranks
 from lightning_influence.replay import isolated, sample_gradients, to_device
-from lightning_influence.words import Decode, WordContribution, readable, word_contributions
+from lightning_influence.words import Decoders, WordContribution, readable, word_contributions
 
+_UNLABELLED = (KeyError, IndexError, AttributeError, TypeError, ValueError)  # what a training_step raises then
 _TRANSFER_HOOKS = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -45,6 +44,12 @@ class InfluenceModule(LightningModule):
 
     With several processes each scores its share of the queries, and `attribution` holds the answers to all of them on
     every rank. Processes that are spawned or forked keep what they know: give `save_to` and read `Attribution.load`.
+
+    Memory: query batches wait in the main memory. The gradients of all queries are held on the module's device, for
+    every checkpoint: queries x captured parameters x checkpoints, of which word embeddings have only the rows of the
+    query's words (some 100 kB for a text of 100 words and 256 dimensions) and other layers all. Beyond a gigabyte they
+    are held for one checkpoint at a time, if the scores (queries, samples) fit into a gigabyte; otherwise ask about
+    fewer queries at a time.
 
     Args:
         module: the trained LightningModule; or its class, which is then built from the hyper-parameters in the store.
@@ -75,6 +80,13 @@ class InfluenceModule(LightningModule):
         save_to: str | os.PathLike[str] | None = None,
     ) -> None:
         super().__init__()
+        if not isinstance(estimator, Attributor):
+            raise QueryError(
+                "this is no estimator",
+                expected="an instance of an Attributor, such as TracInWE()",
+                found=f"the class {estimator.__name__}" if isinstance(estimator, type) else repr(estimator),
+                hint="write InfluenceModule(module, store, TracInWE()), with the brackets",
+            )
         opened = store if isinstance(store, ArtifactStore) else ArtifactStore.open(store)
         self.store, self._root = opened, opened.root
         self.user = rebuilt(module, opened) if isinstance(module, type) else module
@@ -108,43 +120,48 @@ class InfluenceModule(LightningModule):
     def query(self, batch: Any, k: int | None = None) -> Attribution:
         """Proponents and opponents of every query in the batch, k of each."""
         queries = self._queries([batch])
-        proponents, opponents = attribute(self.stage, self.estimator, queries, self._checked_k(k))
-        return Attribution(torch.arange(len(queries)), proponents, opponents)
+        answers = Attribution(
+            torch.arange(len(queries)), *attribute(self.stage, self.estimator, queries, self._checked_k(k))
+        )
+        refuse_meaningless(self.estimator, answers)
+        return answers
 
     def scores(self, batch: Any) -> Tensor:
-        """All scores of the batch, (Q, N): positive for proponents, training samples in dataset order."""
+        """All scores of the batch, (Q, N): positive for proponents, training samples in dataset order.
+
+        Samples that were never trained on, as far as records made in flight say, have columns of zeros; `query` does
+        not rank them.
+        """
         return score_matrix(self.stage, self.estimator, self._queries([batch]))
 
     def words(
-        self, batch: Any, sample_ids: Tensor | Sequence[Sequence[int]], decode: Decode | None = None
+        self, batch: Any, sample_ids: Tensor | Sequence[Sequence[int]], decode: Decoders = None
     ) -> list[list[list[WordContribution]]]:
         """The words that carry the scores between each query and some training samples.
 
         Args:
             sample_ids: (Q, k), such as `attribution.proponents.sample_ids`.
-            decode: token id -> text; subwords are merged into words.
+            decode: token id -> its piece as the vocabulary writes it, by which subwords are merged into words: of a
+                Hugging Face tokenizer `tokenizer.convert_ids_to_tokens`, not `tokenizer.decode`, which drops the marks
+                that say where a word begins. Where embeddings have different vocabularies, a mapping from the name of
+                the embedding weight to its own.
 
         Returns:
-            For each query and sample the shared words, largest amounts first; their scores sum to the pair's score.
+            For each query and sample the shared words of every embedding weight, largest amounts first; their scores
+            sum to the pair's score. Empty for a pair that shares no word.
 
         Raises:
             QueryError: an estimator or gradients without words; ids that the store does not hold.
         """
-        ids = torch.as_tensor(sample_ids)
         queries, estimator = self._queries([batch]), self._bilinear("words")
-        if ids.ndim != 2 or len(ids) != len(queries) or ids.is_floating_point():
-            raise QueryError(
-                "sample_ids must name some samples for each query",
-                expected=f"integers of shape ({len(queries)}, k)",
-                found=f"shape {tuple(ids.shape)} and {ids.dtype}",
-                hint="pass attribution.proponents.sample_ids of the same batch",
-            )
+        ids = _table_of_ids(sample_ids, len(queries))
         terms = estimator.terms(self.stage)
         with token_look_ups(self.user) as seen:
             transformed = query_side(terms, queries)
-        found = word_contributions(terms, transformed, self.stage, ids.cpu())
-        tokens = token_sequences(seen, len(queries))
-        return [[readable(pairs, tokens[q], decode) for pairs in row] for q, row in enumerate(found)]
+        found = word_contributions(terms, transformed, self.stage, ids)
+        texts = {table: token_sequences(seen, len(queries), table) for table in {look_up.table for look_up in seen}}
+        tokens = [{table: of_table[q] for table, of_table in texts.items()} for q in range(len(queries))]
+        return [[readable(words, tokens[q], decode) for words in row] for q, row in enumerate(found)]
 
     def self_influence(self) -> Tensor:
         """Score of every training sample for its own loss, (N,): high for mislabelled and atypical samples."""
@@ -176,7 +193,7 @@ class InfluenceModule(LightningModule):
         if self._trainer is None or stage != "predict":
             return
         self.trainer.predict_loop.inference_mode = False
-        _refuse_idle_ranks(self.trainer)
+        refuse_idle_ranks(self.trainer)
         if self.save_to is None and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
             raise QueryError(
                 "the answers would be lost with the processes that this strategy starts",
@@ -198,14 +215,15 @@ class InfluenceModule(LightningModule):
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Attribution:
         """Note the queries; they are scored together at the end of the epoch."""
         seen = sum(len(answer) for _, answer in self._asked)
-        answer = Attribution(_query_ids(self.trainer, batch, batch_idx, dataloader_idx, seen))
-        self._asked.append((batch, answer))
+        answer = Attribution(query_ids(self.trainer, batch, batch_idx, dataloader_idx, seen))
+        self._asked.append((laid_aside(batch), answer))
         return answer
 
     def on_predict_epoch_end(self) -> None:
         """Score all queries of this rank at once, fill the answers, and merge those of all ranks.
 
-        A refusal on one rank is raised on all of them, so that none waits for ever.
+        A refusal on one rank is raised on all of them, so that none waits for ever. A refusal of some of the answers
+        (`TracInWE(unmatched="raise")`) comes last: the others are filled, saved and in `attribution`.
         """
         asked, self._asked = self._asked, []
         outcome: list[Attribution] | InfluenceError
@@ -223,8 +241,14 @@ class InfluenceModule(LightningModule):
                 raise found
             answers += found
         self._merged = Attribution.joined(answers) if answers else None
-        if self.save_to is not None and self._merged is not None and self.trainer.is_global_zero:
-            self._merged.save(self.save_to)
+        if self._merged is None:
+            return
+        try:
+            if self.save_to is not None and self.trainer.is_global_zero:
+                self._merged.save(self.save_to)
+        finally:
+            self.trainer.strategy.barrier("answers saved")  # a rank that refuses may end the others
+        refuse_meaningless(self.estimator, self._merged)
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
@@ -254,11 +278,11 @@ class InfluenceModule(LightningModule):
     def _checked_k(self, k: int | None) -> int:
         k = self.k if k is None else k
         length = self.store.manifest.dataset_length
-        if not 1 <= k <= length:
+        if not isinstance(k, Integral) or not 1 <= k <= length:
             raise QueryError(
                 "k does not fit the number of training samples",
-                expected=f"1 <= k <= {length}",
-                found=f"k = {k}",
+                expected=f"an integer, 1 <= k <= {length}",
+                found=f"k = {k!r}",
                 hint="choose a smaller k",
             )
         return k
@@ -268,10 +292,9 @@ class InfluenceModule(LightningModule):
         check_model(self.user, self.store)
         trainer = None if sizes is None else self._trainer
         if sizes is None:
-            sizes = [_num_queries(batch) for batch in batches]
-            batches = [to_device(batch, self.user, None) for batch in batches]
-        with torch.inference_mode(False):
-            placed = [apply_to_collection(batch, Tensor, _followed) for batch in batches]
+            sizes = [num_queries(batch) for batch in batches]
+            batches = [laid_aside(to_device(batch, self.user, None)) for batch in batches]
+        placed = Carried(batches, self.user)
         return Queries(placed, sizes, lambda at, names: self._gradients_at(at, names, placed, sizes, trainer))
 
     def _gradients_at(
@@ -290,10 +313,26 @@ class InfluenceModule(LightningModule):
             for batch, size in zip(batches, sizes, strict=True):
 
                 def objective(batch: Any = batch, size: int = size) -> Any:
-                    return query_objective(module, batch, size, self.measurement, **options)
+                    return self._objective(module, batch, size, options)
 
                 parts.append(sample_gradients(module, capture, size, objective, trainer)[0])
         return cat(parts)
+
+    def _objective(self, module: LightningModule, batch: Any, size: int, options: dict[str, Any]) -> Objective:
+        own = callable(self.measurement) or self.measurement == "predicted_class"
+        own = own or (self.measurement is None and callable(getattr(module, "measurement", None)))
+        try:
+            return query_objective(module, batch, size, self.measurement, **options)
+        except _UNLABELLED as error:
+            if own:
+                raise
+            raise QueryError(
+                f"the training_step of {type(module).__name__} failed on a query: {type(error).__name__}: {error}",
+                expected="queries as the training loader brings them, with their labels",
+                found=f"a batch of {size} queries, of type {type(batch).__name__}",
+                hint="for queries without labels ask with InfluenceModule(..., measurement='predicted_class'), or give "
+                "measurement=(module, batch) -> (N,)",
+            ) from error
 
     def _selection(self, names: Collection[str]) -> Selection:
         """The parameters as the fit selected them: of tied embeddings it may have taken the look-ups alone."""
@@ -311,76 +350,18 @@ class InfluenceModule(LightningModule):
         }
 
 
-def _followed(tensor: Tensor) -> Tensor:
-    """A tensor that autograd accepts: somebody may have wrapped everything in inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _num_queries(batch: Any) -> int:
-    """Number of queries in a batch that comes without a loader: what its tensors and lists of values agree on."""
-    sizes = set(_leading_sizes(batch))
-    if len(sizes) != 1:
-        raise QueryError(
-            "the number of queries in this batch cannot be told",
-            expected="tensors and lists of one length, the number of queries first",
-            found=f"lengths {sorted(sizes)}" if sizes else "no tensors",
-            hint="ask through Trainer.predict, whose loader knows how many samples make a batch",
-        )
-    return sizes.pop()
-
-
-def _leading_sizes(batch: Any) -> Iterator[int]:
-    if isinstance(batch, Tensor):
-        if batch.ndim:
-            yield len(batch)
-    elif isinstance(batch, Mapping):
-        for part in batch.values():
-            yield from _leading_sizes(part)
-    elif isinstance(batch, (list, tuple)):
-        if all(isinstance(part, (str, bytes, int, float)) for part in batch):
-            yield len(batch)
-        for part in batch:
-            yield from _leading_sizes(part)
-    elif is_dataclass(batch):
-        for field in fields(batch):
-            yield from _leading_sizes(getattr(batch, field.name))
-
-
-def _query_ids(trainer: Trainer, batch: Any, batch_idx: int, dataloader_idx: int, seen: int) -> Tensor:
-    """Positions of the queries of a batch in the predict datasets, laid end to end.
-
-    Lightning's batch sampler notes them. Where there is none (a stream, batches made by the dataset), queries are
-    numbered as they come, the ranks taking turns.
-    """
-    combined = trainer.predict_loop._combined_loader
-    loaders = combined.flattened if combined is not None else []
-    noted = getattr(getattr(loaders[dataloader_idx], "batch_sampler", None), "seen_batch_indices", [])
-    positions = noted[batch_idx] if batch_idx < len(noted) else []
-    lengths = [_length(loader) for loader in loaders[:dataloader_idx]]
-    if positions and all(type(p) is int for p in positions) and None not in lengths:
-        return torch.tensor(positions) + sum(length or 0 for length in lengths)
-    return torch.arange(seen, seen + _num_queries(batch)) * trainer.world_size + trainer.global_rank
-
-
-def _length(loader: Any) -> int | None:
+def _table_of_ids(sample_ids: Tensor | Sequence[Sequence[int]], num_queries: int) -> Tensor:
+    """(Q, k) int64 on the CPU."""
     try:
-        return len(loader.dataset)
-    except (AttributeError, TypeError, NotImplementedError):
-        return None
-
-
-def _refuse_idle_ranks(trainer: Trainer) -> None:
-    """QueryError if a loader has fewer queries than there are processes to share them."""
-    world = trainer.world_size
-    if world == 1 or not trainer._accelerator_connector.use_distributed_sampler:
-        return
-    source = trainer.predict_loop._data_source
-    for loader in CombinedLoader(source.dataloader(), "sequential").flattened if source.is_defined() else []:
-        count = _length(loader) if isinstance(loader, DataLoader) else None
-        if count is not None and count < world:
-            raise QueryError(
-                "there are fewer queries than processes",
-                expected=f"at least {world} queries",
-                found=f"{count} queries",
-                hint=f"use Trainer(devices={max(1, count)}) or fewer",
-            )
+        ids = torch.as_tensor(sample_ids).cpu()
+        found = f"shape {tuple(ids.shape)} and {ids.dtype}"
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths, text
+        ids, found = torch.zeros(0), f"{type(error).__name__}: {error}"
+    if ids.ndim != 2 or len(ids) != num_queries or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise QueryError(
+            "sample_ids must name some samples for each query",
+            expected=f"integers of shape ({num_queries}, k)",
+            found=found,
+            hint="pass attribution.proponents.sample_ids of the same batch",
+        )
+    return ids.long()

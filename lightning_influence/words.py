@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from lightning_influence.artifacts import UNBOUNDED
 from lightning_influence.errors import QueryError
 from lightning_influence.estimators.estimator import Stage, Term, by_span, train_side
 from lightning_influence.estimators.word_matching import matches_of_pairs, ragged
 from lightning_influence.gradients import GradientBlock, Gradients, Rows
 
 Decode: TypeAlias = Callable[[int], str]
-Pair: TypeAlias = tuple[int, int]
+Decoders: TypeAlias = Decode | Mapping[str, Decode] | None  # one for all, or by embedding weight
+Meeting: TypeAlias = tuple[str, int, int]  # embedding weight, word of the query, word of the sample
 
 _BEGINS = ("\u2581", "\u0120")  # sentence-piece and byte-level vocabularies mark the pieces that begin a word
 _CONTINUES = "##"  # WordPiece marks those that continue one
@@ -30,13 +32,16 @@ class WordContribution:
     """What one word shared by a query and a training sample contributes to their score.
 
     Attributes:
+        parameter: full name of the embedding weight that the ids are rows of.
         tokens: token ids of the word in the query (several where subwords were merged).
         sample_tokens: ids of its counterparts in the sample: the tokens that are shared, or others for synonyms.
-        word: as text, or None without `decode`.
+        word: as text, or None without `decode`, which takes an id to its piece as the vocabulary writes it
+            (`tokenizer.convert_ids_to_tokens`; `tokenizer.decode` drops the marks that say what belongs together).
         sample_word: its counterpart as text, or None without `decode`; the same word unless it is a synonym.
         score: its summand; the summands of a pair add up to the pair's score.
     """
 
+    parameter: str
     tokens: tuple[int, ...]
     sample_tokens: tuple[int, ...]
     word: str | None
@@ -46,8 +51,9 @@ class WordContribution:
 
 def word_contributions(
     terms: Sequence[Term], transformed: Sequence[Gradients], stage: Stage, sample_ids: Tensor
-) -> list[list[dict[Pair, float]]]:
-    """For each query and each of its samples: (query word, sample word) -> contribution, summed over checkpoints.
+) -> list[list[dict[Meeting, float]]]:
+    """For each query and each of its samples: (parameter, query word, sample word) -> contribution, summed over
+    checkpoints.
 
     Args:
         transformed: T_c grad m of every term.
@@ -57,16 +63,20 @@ def word_contributions(
         QueryError: gradients that have no words; an id that the store does not hold.
     """
     k = sample_ids.shape[1]
-    found: list[dict[Pair, float]] = [defaultdict(float) for _ in range(sample_ids.numel())]
-    unseen = torch.ones(sample_ids.numel(), dtype=torch.bool)
+    found: list[dict[Meeting, float]] = [defaultdict(float) for _ in range(sample_ids.numel())]
+    flat, length = sample_ids.flatten(), stage.store.manifest.dataset_length
+    unknown = (flat < 0) | (flat >= length)
+    streamed = length >= UNBOUNDED  # then only those that were seen are known
+    unknown |= streamed
     for ids, shards in by_span(terms, stage.store):
-        places = torch.isin(sample_ids.flatten(), ids).nonzero().squeeze(1)  # of the table, row by row
+        places = torch.isin(flat, ids).nonzero().squeeze(1)  # of the table, row by row
         if not len(places):
             continue
-        unseen[places] = False
+        if streamed:
+            unknown[places] = False
         for index, shard in shards:
             train = train_side(terms[index], shard, ids)
-            place, record = _meetings(places, sample_ids.flatten()[places], shard.sample_ids)
+            place, record = _meetings(places, flat[places], shard.sample_ids)
             for some in range(0, len(place), _PAIRS):
                 p, r = place[some : some + _PAIRS], record[some : some + _PAIRS]
                 weights = torch.ones(len(p)) if train.weights is None else train.weights[r]
@@ -76,12 +86,12 @@ def word_contributions(
                         contributions = matches.contributions.cpu().double() * weights[matches.queries.cpu()]
                         columns = (p[matches.queries.cpu()], matches.query_words, matches.sample_words, contributions)
                         for at, w, v, score in zip(*(c.tolist() for c in columns), strict=True):
-                            found[at][w, v] += score
-    if bool(unseen.any()):
+                            found[at][name, w, v] += score
+    if bool(unknown.any()):
         raise QueryError(
             "the store does not hold these samples",
             expected="ids of training samples",
-            found=sorted(set(sample_ids.flatten()[unseen].tolist()))[:5],
+            found=sorted(set(flat[unknown].tolist()))[:5],
             hint="take the ids from an Attribution of the same store",
         )
     return [found[q * k : (q + 1) * k] for q in range(len(sample_ids))]
@@ -107,16 +117,30 @@ def _words(name: str, block: GradientBlock) -> Rows:
     return block
 
 
-def readable(pairs: Mapping[Pair, float], tokens: Sequence[int], decode: Decode | None) -> list[WordContribution]:
+def readable(
+    meetings: Mapping[Meeting, float], tokens: Mapping[str, Sequence[int]], decode: Decoders
+) -> list[WordContribution]:
     """Contributions by word, the largest amounts first; subwords merged into the words of the query's text.
 
-    A piece that stands in several words is shared out among them in equal parts, so that the sum stays the score.
+    A piece that stands in several words is shared out among them in equal parts, so that the sum stays the score. Words
+    of different embedding weights are never merged.
 
     Args:
-        pairs: (query word, sample word) -> contribution.
-        tokens: the query's token ids in order; pieces that are not among them stay words of their own.
-        decode: token id -> text.
+        meetings: (parameter, query word, sample word) -> contribution.
+        tokens: parameter -> the query's token ids in order; pieces that are not among them stay words of their own.
+        decode: token id -> text; or one for each parameter (words of the others stay ids).
     """
+    found: list[WordContribution] = []
+    for table in dict.fromkeys(name for name, _, _ in meetings):
+        own = decode.get(table) if isinstance(decode, Mapping) else decode
+        pairs = {(w, v): score for (name, w, v), score in meetings.items() if name == table}
+        found += _of_table(table, pairs, tokens.get(table, ()), own)
+    return sorted(found, key=lambda contribution: -abs(contribution.score))
+
+
+def _of_table(
+    parameter: str, pairs: Mapping[tuple[int, int], float], tokens: Sequence[int], decode: Decode | None
+) -> Iterator[WordContribution]:
     homes: dict[int, list[tuple[int, ...]]] = defaultdict(list)
     for group in dict.fromkeys(merge_subwords(tokens, decode)) if decode is not None else ():
         for token in set(group):
@@ -128,15 +152,13 @@ def readable(pairs: Mapping[Pair, float], tokens: Sequence[int], decode: Decode 
         for group in groups:
             totals[group] += score / len(groups)
             counterparts[group].append(v)
-    found = []
     for group, score in totals.items():
         matched = set(counterparts[group])
         same = matched <= set(group)
         sample = tuple(t for t in group if t in matched) if same else tuple(dict.fromkeys(counterparts[group]))
         word = None if decode is None else spelled(group, decode)
         other = word if decode is None or same else spelled(sample, decode)
-        found.append(WordContribution(group, sample, word, other, score))
-    return sorted(found, key=lambda contribution: -abs(contribution.score))
+        yield WordContribution(parameter, group, sample, word, other, score)
 
 
 def merge_subwords(tokens: Sequence[int], decode: Decode) -> list[tuple[int, ...]]:

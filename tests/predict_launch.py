@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch.multiprocessing import ProcessRaisedException
 
-from lightning_influence import Attribution, InfluenceModule, QueryError, TracIn
+from lightning_influence import Attribution, InfluenceModule, QueryError, Stage, Term, TracIn
 from tests.stores import Texts, classifier, loader_of, quiet
 
 COUNTS = (11, 9, 5)
@@ -18,9 +19,17 @@ COUNTS = (11, 9, 5)
 class Failing(TracIn):
     """Fails on the rank that got query 0."""
 
-    def check(self, largest: torch.Tensor) -> None:
+    def terms(self, stage: Stage) -> Sequence[Term]:
         if torch.distributed.get_rank() == 0:
             raise QueryError("refused on one rank", hint="none")
+        return super().terms(stage)
+
+
+class Choosy(TracIn):
+    """Refuses the answers to two queries, one of each rank."""
+
+    def check(self, largest: torch.Tensor, query_ids: torch.Tensor) -> None:
+        raise QueryError(f"no word: {[q for q in query_ids.tolist() if q in (2, 3)]}", hint="none")
 
 
 def told(answer: Attribution) -> dict[str, list]:
@@ -54,6 +63,13 @@ def main(folder: Path, strategy: str) -> None:
                 quiet(**options).predict(refusing, loader_of(Texts(count, seed=1), 2))
             except QueryError as error:
                 found[name] = str(error)
+        choosy = InfluenceModule(module, folder / "store", Choosy(), k=4, save_to=folder / "refused.safetensors")
+        try:
+            quiet(**options).predict(choosy, loader_of(Texts(5, seed=1), 2))
+        except QueryError as error:
+            found["some"] = str(error)
+        found["others"] = told(choosy.attribution)
+        found["saved"] = told(Attribution.load(folder / "refused.safetensors"))
         rank = torch.distributed.get_rank()
     else:
         rank = 0

@@ -23,7 +23,7 @@ FLOORS = (
     ("self_check", "fitted"),
     ("estimators", "callbacks"),
     ("attribution",),
-    ("words",),
+    ("words", "query_batches"),
     ("module",),
     ("report",),
     ("cli",),

@@ -387,8 +387,12 @@ def test_queries_without_labels(tmp_path):
         predicted += InfluenceModule(module, store, Without(only)).scores({**batch, "label": label})
     for asked in (batch, unlabelled):
         torch.testing.assert_close(influence.scores(asked), predicted, rtol=1e-10, atol=1e-14)
-    with pytest.raises(KeyError):
-        InfluenceModule(module, store, TracIn()).scores(unlabelled)
+    for measurement in (None, "loss", "margin"):
+        with pytest.raises(QueryError, match="KeyError: 'label'") as refused:
+            InfluenceModule(module, store, TracIn(), measurement=measurement).scores(unlabelled)
+        assert "measurement='predicted_class'" in refused.value.hint and isinstance(refused.value.__cause__, KeyError)
+    with pytest.raises(KeyError, match="label"):  # the user's own measurement speaks for itself
+        InfluenceModule(module, store, TracIn(), measurement=lambda m, b: b["label"] * 1.0).scores(unlabelled)
 
 
 class Without(TracIn):
@@ -506,3 +510,99 @@ def test_a_query_whose_gradient_is_not_finite(fit):
     influence = InfluenceModule(fit[0], fit[1], TracIn(), measurement=lambda m, b: m(b)[:, 0] * float("nan"))
     with pytest.raises(Exception, match="NaN or infinite"):
         influence.query(batch_of(ASKED))
+
+
+@pytest.mark.parametrize("k", ["3", 2.0, None, [1]], ids=repr)
+def test_k_that_is_no_number(fit, k):
+    influence = InfluenceModule(fit[0], fit[1], TracIn(), k=k)
+    with pytest.raises(QueryError, match="k does not fit"):
+        influence.query(batch_of(ASKED))
+
+
+@pytest.mark.parametrize("estimator", [TracInWE, "TracInWE", None], ids=repr)
+def test_an_estimator_that_is_none(fit, estimator):
+    with pytest.raises(QueryError, match="no estimator") as refused:
+        InfluenceModule(fit[0], fit[1], estimator)
+    assert "TracInWE()" in refused.value.hint
+
+
+def test_a_batch_without_queries(fit):
+    influence = InfluenceModule(fit[0], fit[1], TracIn())
+    empty = {"tokens": torch.zeros(0, 5, dtype=torch.int64), "label": torch.zeros(0, dtype=torch.int64)}
+    for ask in (influence.query, influence.scores, lambda batch: influence.words(batch, [[]])):
+        with pytest.raises(QueryError, match="holds no query"):
+            ask(empty)
+
+
+@pytest.mark.parametrize("ids", [[[0, 1], [2]], "text", [["a"], ["b"]], None, [[0.5], [1.5]], [0, 1]], ids=repr)
+def test_sample_ids_that_are_no_table(fit, ids):
+    with pytest.raises(QueryError, match="must name some samples") as refused:
+        InfluenceModule(fit[0], fit[1], TracInWE()).words(batch_of(ASKED, [0, 1]), ids)
+    assert refused.value.expected == "integers of shape (2, k)"
+
+
+# Answers of which some are refused, and memory
+
+
+def test_a_query_without_a_shared_word_costs_nobody_else_an_answer(tmp_path, fit):
+    path = tmp_path / "answers.safetensors"
+    asked = Texts(11, seed=1)
+    for lonely in (9, 4):
+        asked.texts[lonely] = torch.tensor([23, 23, 23])
+    refusing = InfluenceModule(fit[0], fit[1], TracInWE(exclude_tokens=[23]), k=3, save_to=path)
+    with pytest.raises(QueryError, match="2 of 11 queries score 0") as refused:
+        quiet().predict(refusing, loader_of(asked, 3))
+    assert "[4, 9]" in refused.value.found
+    kind = InfluenceModule(fit[0], fit[1], TracInWE(exclude_tokens=[23], unmatched="zeros"), k=3)
+    quiet().predict(kind, loader_of(asked, 3))
+    for found in (refusing.attribution, type(kind.attribution).load(path)):
+        assert torch.equal(found.query_ids, kind.attribution.query_ids)
+        assert torch.equal(found.proponents.sample_ids, kind.attribution.proponents.sample_ids)
+        assert torch.equal(found.opponents.scores, kind.attribution.opponents.scores)
+    order = [9, 0, 4]  # places in the dataset, whatever order the loader takes
+    with pytest.raises(QueryError) as refused:
+        quiet().predict(refusing, DataLoader(asked, 2, sampler=order, collate_fn=collate))
+    assert "[4, 9]" in refused.value.found
+
+
+def test_batches_wait_in_the_main_memory(fit, truth, monkeypatch):
+    """Moved there when they are noted, and back one at a time when they are used."""
+    from lightning_influence import query_batches
+
+    moves, move = [], query_batches.move_data_to_device
+    monkeypatch.setattr(
+        query_batches, "move_data_to_device", lambda batch, to: moves.append(str(to)) or move(batch, to)
+    )
+    influence = InfluenceModule(fit[0], fit[1], TracIn(), k=2)
+    monkeypatch.setattr(type(fit[0]), "device", torch.device("cpu", 0))
+    quiet().predict(influence, loader_of(ASKED, 6))
+    assert moves == ["cpu"] * 2 + ["cpu:0"] * 2 * 3
+    assert torch.equal(influence.attribution.proponents.sample_ids, truth.sort(1, descending=True).indices[:, :2])
+
+
+@pytest.mark.parametrize("estimator", [TracIn(), TracInWE(), TracInWE(synonyms=0.3)], ids=["all", "words", "synonyms"])
+def test_query_gradients_of_one_checkpoint_at_a_time(fit, estimator, monkeypatch):
+    from lightning_influence.estimators import estimator as room
+
+    influence, asked = InfluenceModule(fit[0], fit[1], estimator), batch_of(Texts(3, seed=1))
+    whole, best = influence.scores(asked), influence.query(asked, k=4)
+    alive, sizes, query_side = set(), [], room.query_side
+
+    def watched(terms: Any, queries: Any) -> Any:
+        found = query_side(terms, queries)
+        for block in (block for gradients in found for block in gradients.values()):
+            key = id(block)
+            alive.add(key)
+            Fate(block, lambda key=key: alive.discard(key))
+        sizes.append(len(alive))
+        return found
+
+    monkeypatch.setattr(room, "query_side", watched)
+    influence.scores(asked)
+    together, sizes[:] = max(sizes), []
+    monkeypatch.setattr(room, "_MOST_BYTES", 8 * 3 * len(TRAIN))
+    assert torch.equal(influence.scores(asked), whole)
+    assert max(sizes) * 3 == together, "the gradients of a checkpoint are gone when those of the next are taken"
+    found = influence.query(asked, k=4)
+    assert torch.equal(found.proponents.sample_ids, best.proponents.sample_ids)
+    assert torch.equal(found.opponents.scores, best.opponents.scores)

@@ -60,6 +60,9 @@ def test_ddp(folder: Path) -> None:
     check(ranks[0]["two loaders"], folder, (5, 3))
     assert "refused on one rank" in ranks[0]["one rank"] and "refused on one rank" in ranks[1]["one rank"]
     assert "fewer queries than processes" in ranks[0]["one query"]
+    assert "no word: [2, 3]" in ranks[0]["some"], "answers are refused with their places in the dataset"
+    for answers in ("others", "saved"):
+        check(ranks[0][answers], folder, (5,))
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_spawn"])

@@ -21,13 +21,13 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from lightning_influence.artifacts import UNBOUNDED, ArtifactStore, Checkpoint, Shard, StepRange
+from lightning_influence.artifacts import ArtifactStore, Checkpoint, Shard, StepRange
 from lightning_influence.errors import QueryError, StoreError
 from lightning_influence.gradients import Gradients, inner, unpack
 
 Transform: TypeAlias = Callable[[Gradients], Gradients]
 
-_MOST_BYTES = 1 << 30  # of scores held at a time
+_MOST_BYTES = 1 << 30  # of scores held at a time, and of query gradients if their scores are smaller
 
 
 def unchanged(gradients: Gradients) -> Gradients:
@@ -130,7 +130,7 @@ class Queries:
     """The queries of one call, as every attributor sees them.
 
     Attributes:
-        batches: the batches, in query order, on the module's device.
+        batches: the batches, in query order; each is put on the module's device when it is asked for.
         sizes: queries in each.
         gradients_at: per-query gradients of the measurement at the weights of a checkpoint, of the named parameters;
             the checkpoint is loaded at every call.
@@ -175,8 +175,13 @@ class Attributor(ABC):
     def score_blocks(self, stage: Stage, queries: Queries) -> Iterator[ScoreBlock]:
         """The scores block by block, samples in dataset order within a query, so that memory stays bounded."""
 
-    def check(self, largest: Tensor) -> None:  # noqa: B027  (an optional refusal, not an obligation)
-        """Refuse meaningless answers; `largest` (Q,) is the largest absolute score of every query."""
+    def check(self, largest: Tensor, query_ids: Tensor) -> None:  # noqa: B027  (an optional refusal, no obligation)
+        """Refuse meaningless answers, after all of them are known and saved.
+
+        Args:
+            largest: (Q,), the largest absolute score of every query.
+            query_ids: (Q,), the queries' positions in their dataset, or in the batch that was asked about.
+        """
 
 
 class Estimator(Attributor):
@@ -196,19 +201,55 @@ class Estimator(Attributor):
 
         Replay shards of one span are scored together, so that the sum is complete before anything is ranked and no more
         than (Q, shard) scores are held. Records made in flight lie in training order: they are summed over the whole
-        run into (q, N), with as many queries at a time as a gigabyte allows.
+        run into (q, N), with as many queries at a time as a gigabyte allows; samples that were never trained on are in
+        no block.
+
+        Where the query gradients of all checkpoints would exceed a gigabyte and the scores (Q, N) do not, checkpoints
+        are scored one after the other into those.
         """
-        terms = self.terms(stage)
-        transformed = query_side(terms, queries)
-        for ids, shards in by_span(terms, stage.store):
-            for rows in queries.slices(len(ids)):
-                chosen = None if rows.stop - rows.start == len(queries) else torch.arange(rows.start, rows.stop)
-                total: Tensor | None = None
-                for index, shard in shards:
-                    train = train_side(terms[index], shard, ids)
-                    total = train.added(total, inner(train.gradients, _rows(transformed[index], chosen)), len(ids))
-                if total is not None:
-                    yield ScoreBlock(rows, ids, total)
+        by_checkpoint: dict[int, list[Term]] = defaultdict(list)
+        for term in self.terms(stage):
+            by_checkpoint[term.query_at.step].append(term)
+        parts = list(by_checkpoint.values())
+        first, length = query_side(parts[0], queries), stage.store.manifest.dataset_length
+        held = len(parts) * sum(block.nbytes() for gradients in first for block in gradients.values())
+        if held > _MOST_BYTES >= 8 * len(queries) * length:
+            yield from _one_by_one(parts, first, stage.store, queries, length)
+            return
+        transformed = first + [gradients for part in parts[1:] for gradients in query_side(part, queries)]
+        yield from _blocks([term for part in parts for term in part], transformed, stage.store, queries)
+
+
+def _blocks(
+    terms: Sequence[Term], transformed: Sequence[Gradients], store: ArtifactStore, queries: Queries
+) -> Iterator[ScoreBlock]:
+    for ids, shards in by_span(terms, store):
+        for rows in queries.slices(len(ids)):
+            chosen = None if rows.stop - rows.start == len(queries) else torch.arange(rows.start, rows.stop)
+            total: Tensor | None = None
+            for index, shard in shards:
+                train = train_side(terms[index], shard, ids)
+                total = train.added(total, inner(train.gradients, _rows(transformed[index], chosen)), len(ids))
+            if total is not None:
+                yield ScoreBlock(rows, ids, total)
+
+
+def _one_by_one(
+    parts: Sequence[Sequence[Term]], first: list[Gradients], store: ArtifactStore, queries: Queries, length: int
+) -> Iterator[ScoreBlock]:
+    """All scores as one block, with the query gradients of one checkpoint at a time; `first` is used up."""
+    total: Tensor | None = None
+    seen = torch.zeros(length, dtype=torch.bool)
+    for part in parts:
+        transformed = [first.pop(0) for _ in part] if first else query_side(part, queries)
+        for block in _blocks(part, transformed, store, queries):
+            total = block.scores.new_zeros(len(queries), length) if total is None else total
+            total[block.queries].index_add_(1, block.sample_ids.to(total.device), block.scores.to(total))
+            seen[block.sample_ids] = True
+        del transformed
+    if total is not None:
+        ids = seen.nonzero().squeeze(1)
+        yield ScoreBlock(slice(0, len(queries)), ids, total if bool(seen.all()) else total[:, ids.to(total.device)])
 
 
 def query_side(terms: Sequence[Term], queries: Queries) -> list[Gradients]:
@@ -227,15 +268,16 @@ def query_side(terms: Sequence[Term], queries: Queries) -> list[Gradients]:
 
 def by_span(terms: Sequence[Term], store: ArtifactStore) -> Iterator[tuple[Tensor, list[tuple[int, Shard]]]]:
     """Spans of samples in dataset order: their ids (n,), and the shards that speak of them, each with the index of its
-    term. Shards are read only where their tensors are asked for."""
+    term. Of records made in flight the samples are those that were trained on; the gradients of shards are read only
+    where they are asked for."""
     spans: dict[tuple[int, int], list[tuple[int, Shard]]] = defaultdict(list)
     for index, term in enumerate(terms):
         for shard in store.shards(term.train_at):
             spans[shard.span].append((index, shard))
     for span, shards in tqdm(sorted(spans.items()), desc="scoring", unit="shard", delay=2.0, leave=False):
-        if span[1] < UNBOUNDED:
+        if all(isinstance(terms[index].train_at, Checkpoint) for index, _ in shards):
             yield torch.arange(*span), shards
-        else:  # a stream, recorded in flight: its samples are those that were seen
+        else:
             yield torch.unique(torch.cat([shard.sample_ids for _, shard in shards])), shards
 
 

@@ -64,7 +64,8 @@ class EmbeddingCosine(Attributor):
             )
         rows = found.to(torch.promote_types(found.dtype, torch.float32))
         if rows.ndim > 2:
-            present = next((ids >= 0 for ids in seen if ids.shape == rows.shape[:2]), torch.ones(rows.shape[:2]))
+            found_ids = (look_up.ids for look_up in seen if look_up.ids.shape == rows.shape[:2])
+            present = next((ids >= 0 for ids in found_ids), torch.ones(rows.shape[:2]))
             present = present.to(rows).view(*rows.shape[:2], *[1] * (rows.ndim - 2))
             rows = (rows * present).flatten(1, -2).sum(1)  # up to a factor, which the cosine does not see, the mean
         return nn.functional.normalize(rows, dim=1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from numbers import Integral, Real
 from typing import Literal
 
 import torch
@@ -33,7 +34,9 @@ class TracInWE(TracIn):
         synonyms: cosine of the final embeddings above which two different words may match, one to one, the closest
             first (TracIn-WE-Syn). Slower: matching is decided pair by pair.
         preconditioner: as in `TracIn`.
-        unmatched: `"raise"` refuses a query that shares no word with any training sample; `"zeros"` scores it 0.
+        unmatched: `"raise"` refuses a query that shares no word with any training sample, after all others are
+            answered: through `Trainer.predict` their answers are filled, saved and in `InfluenceModule.attribution`
+            when the error comes. `"zeros"` scores it 0.
 
     Raises:
         QueryError: as `TracIn`; the parameters are no embeddings; a query that shares no word.
@@ -43,27 +46,30 @@ class TracInWE(TracIn):
         self,
         parameters: str | Sequence[str] | None = None,
         *,
-        exclude_tokens: Collection[int] = (),
+        exclude_tokens: Collection[int] | Tensor = (),
         top_words: int | None = None,
         synonyms: float | None = None,
         preconditioner: Preconditioner = None,
         unmatched: Literal["raise", "zeros"] = "raise",
     ) -> None:
         super().__init__(parameters, preconditioner=preconditioner)
-        if top_words is not None and top_words < 1:
+        if top_words is not None and not (isinstance(top_words, Integral) and top_words >= 1):
             raise QueryError(
-                "top_words must be positive", expected=">= 1", found=top_words, hint="or None for all words"
+                "top_words must be a positive integer",
+                expected=">= 1",
+                found=repr(top_words),
+                hint="or None for all words",
             )
-        if synonyms is not None and not 0 < synonyms <= 1:
+        if synonyms is not None and not (isinstance(synonyms, Real) and 0 < synonyms <= 1):
             raise QueryError(
                 "synonyms is a cosine",
                 expected="in (0, 1]",
-                found=synonyms,
+                found=repr(synonyms),
                 hint="try 0.8, or None for exact words only",
             )
         if unmatched not in ("raise", "zeros"):
             raise QueryError("unknown unmatched", expected='"raise" or "zeros"', found=repr(unmatched), hint="choose")
-        self._excluded = torch.tensor(sorted(set(exclude_tokens)), dtype=torch.int64)
+        self._excluded = _token_ids(exclude_tokens)
         self._top_words, self._synonyms, self._unmatched = top_words, synonyms, unmatched
 
     def names(self, stage: Stage) -> tuple[str, ...]:
@@ -94,15 +100,17 @@ class TracInWE(TracIn):
 
         return with_synonyms, self._kept
 
-    def check(self, largest: Tensor) -> None:
+    def check(self, largest: Tensor, query_ids: Tensor) -> None:
         """Refuse queries that share no word with any training sample."""
-        silent = (largest == 0).nonzero().flatten().tolist()
+        silent = query_ids[(largest == 0).cpu()].tolist()
         if silent and self._unmatched == "raise":
             raise QueryError(
-                f"{len(silent)} queries score 0 against every training sample: no word with a gradient is shared",
+                f"{len(silent)} of {len(query_ids)} queries score 0 against every training sample: "
+                "no word with a gradient is shared",
                 expected="at least one common word, after exclude_tokens and top_words",
-                found=f"none for the queries at positions {silent[:5]}",
-                hint="allow synonyms=0.8, exclude fewer tokens, or set unmatched='zeros' to score them 0",
+                found=f"none for the queries {silent[:5]}{' and others' if len(silent) > 5 else ''}",
+                hint="allow synonyms=0.8, exclude fewer tokens, or set unmatched='zeros' to score them 0; after "
+                "Trainer.predict the answers to the other queries are in influence.attribution",
             )
 
     def _kept(self, gradients: Gradients) -> dict[str, Rows]:
@@ -118,3 +126,20 @@ class TracInWE(TracIn):
             rows = block.without_words(self._excluded) if len(self._excluded) else block
             kept[name] = rows if self._top_words is None else rows.top_words(self._top_words)
         return kept
+
+
+def _token_ids(tokens: Collection[int] | Tensor) -> Tensor:
+    """(n,) ascending int64."""
+    try:
+        found = list(tokens.tolist() if isinstance(tokens, Tensor) else tokens)
+    except TypeError:  # a single one
+        found = [tokens]
+    wrong = [token for token in found if not isinstance(token, Integral)]
+    if wrong or isinstance(tokens, (int, str)):
+        raise QueryError(
+            "exclude_tokens names tokens by their ids",
+            expected="a list of integers",
+            found=repr(tokens if isinstance(tokens, (int, str)) else wrong[0]),
+            hint="exclude_tokens=tokenizer.convert_tokens_to_ids(['the', 'of'])",
+        )
+    return torch.tensor(sorted({int(token) for token in found}), dtype=torch.int64)

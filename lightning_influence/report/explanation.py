@@ -12,7 +12,7 @@ import torch
 
 from lightning_influence.errors import QueryError
 from lightning_influence.module import InfluenceModule
-from lightning_influence.words import Decode, WordContribution
+from lightning_influence.words import Decoders, WordContribution
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Evidence:
     words: tuple[WordContribution, ...]
 
     def weights(self) -> dict[str, float]:
-        """Contribution by word of the sample, in lower case."""
+        """Contribution by word of the sample, in lower case, summed over embedding weights."""
         return _summed((c.sample_word, c.score) for c in self.words)
 
 
@@ -71,7 +71,7 @@ def explain(
     *,
     queries: Sequence[Description | str],
     describe: Describe,
-    decode: Decode | None = None,
+    decode: Decoders = None,
     k: int = 3,
 ) -> list[Explanation]:
     """Ask `influence` about a batch and put the answer into words.
@@ -79,7 +79,7 @@ def explain(
     Args:
         queries: what each query of the batch says.
         describe: training sample id -> its text (and note).
-        decode: token id -> text; without it no words are shown.
+        decode: token id -> text, as in `InfluenceModule.words`; without it no words are shown.
         k: proponents and opponents shown.
 
     Raises:
@@ -106,7 +106,8 @@ def explain(
 def _summed(parts: Iterable[tuple[str | None, float]]) -> dict[str, float]:
     totals: dict[str, float] = defaultdict(float)
     for word, score in parts:
-        totals[(word or "").lower()] += score
+        if word is not None:  # words of a weight that has no vocabulary stay out of the texts
+            totals[word.lower()] += score
     return dict(totals)
 
 

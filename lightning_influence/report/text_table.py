@@ -14,7 +14,8 @@ def text_table(explanations: Sequence[Explanation], *, width: int = 100, words: 
 
     Args:
         width: characters a line.
-        words: words named for each sample, those of the largest contributions.
+        words: words named for each sample, those of the largest contributions; with the name of their embedding weight
+            where several take part.
     """
     lines: list[str] = []
     for explanation in explanations:
@@ -31,10 +32,11 @@ def text_table(explanations: Sequence[Explanation], *, width: int = 100, words: 
 
 
 def _words(evidence: Evidence, most: int) -> str:
-    shown = []
+    shown, several = [], len({c.parameter for c in evidence.words}) > 1
     for c in evidence.words[:most]:
         own = c.word or str(c.tokens[0])
-        shown.append(f"{own if c.sample_word in (None, own) else f'{own}~{c.sample_word}'} {c.score:+.3g}")
+        both = own if c.sample_word in (None, own) else f"{own}~{c.sample_word}"
+        shown.append(f"{both}{f' ({c.parameter})' if several else ''} {c.score:+.3g}")
     return "words: " + ", ".join(shown)
 
 

@@ -99,6 +99,33 @@ def test_words_in_flight_sum_over_the_times_a_sample_was_seen(tmp_path):
             for z, found in zip((0, 4, 0, 9), row, strict=True):
                 assert sum(c.score for c in found) == pytest.approx(float(scores[q, z]), rel=1e-10, abs=1e-18)
             assert row[0] == row[2] and row[3] == []
+        with pytest.raises(QueryError, match="does not hold these samples"):
+            influence.words(batch_of(ASKED), [[99]] * len(ASKED))
+
+
+@pytest.mark.parametrize("most", [1 << 30, 8 * len(ASKED) * len(TRAIN)])
+def test_samples_that_were_never_trained_on_are_not_ranked(tmp_path, monkeypatch, most):
+    monkeypatch.setattr("lightning_influence.estimators.estimator._MOST_BYTES", most)
+    module = classifier()
+    states, groups = trajectory(module, 3), [group(all_names(module), 0.1)]
+    records = [(1, 7, states[1], [0.1], 2.0), (1, 4, states[1], [0.1], 2.0), (2, 7, states[2], [0.2], 4.0)]
+    records += [(2, 11, states[2], [0.2], 4.0)]
+    saved = [(0, states[0], groups), (1, states[1], groups)]
+    store = in_flight_store(tmp_path / "s", module, TRAIN, saved, records)
+    influence = InfluenceModule(module, store, estimator({}))
+    scores, own = influence.scores(batch_of(ASKED)), influence.self_influence()
+    assert scores.shape == (len(ASKED), len(TRAIN)) and own.shape == (len(TRAIN),)
+    seen = torch.isin(torch.arange(len(TRAIN)), torch.tensor([4, 7, 11]))
+    assert (scores[:, ~seen] == 0).all() and (own[~seen] == 0).all()
+    assert (scores[:, seen] != 0).any(0).all() and (own[seen] > 0).all()
+    found = influence.query(batch_of(ASKED), k=3)
+    for side, largest in ((found.proponents, True), (found.opponents, False)):
+        order = scores[:, seen].sort(dim=1, descending=largest, stable=True)
+        assert torch.equal(side.scores, order.values)
+        assert torch.equal(side.sample_ids, torch.tensor([4, 7, 11])[order.indices])
+    with pytest.raises(QueryError, match="were trained on") as refused:
+        influence.query(batch_of(ASKED), k=4)
+    assert refused.value.expected == "k <= 3"
 
 
 # Queries without a shared word, and what is refused
@@ -120,11 +147,36 @@ def test_a_query_that_shares_no_word(fit):
 
 
 @pytest.mark.parametrize(
-    "options", [{"top_words": 0}, {"synonyms": 0.0}, {"synonyms": 1.5}, {"unmatched": "ignore"}], ids=str
+    "options",
+    [
+        {"top_words": 0},
+        {"top_words": "3"},
+        {"top_words": 2.0},
+        {"synonyms": 0.0},
+        {"synonyms": 1.5},
+        {"synonyms": "0.8"},
+        {"unmatched": "ignore"},
+        {"exclude_tokens": ["the"]},
+        {"exclude_tokens": "the"},
+        {"exclude_tokens": 3},
+        {"exclude_tokens": [0.5]},
+        {"exclude_tokens": torch.tensor([0.5])},
+    ],
+    ids=str,
 )
 def test_options_out_of_range(options):
-    with pytest.raises(QueryError):
+    with pytest.raises(QueryError) as refused:
         TracInWE(**options)
+    assert "HINT" in str(refused.value) and refused.value.expected
+
+
+def test_excluded_tokens_as_a_tensor(fit):
+    batch, words = batch_of(ASKED), [5, 2, 2, 11]
+    asked = [
+        InfluenceModule(fit[0], fit[2], TracInWE(exclude_tokens=w)) for w in (words, torch.tensor(words), {2, 5, 11})
+    ]
+    first, *others = [influence.scores(batch) for influence in asked]
+    assert all(torch.equal(first, other) for other in others)
 
 
 def test_words_of_what_has_none(fit):

@@ -12,8 +12,8 @@ LONG = (
 )
 
 
-def word(text: str, score: float, other: str | None = None) -> WordContribution:
-    return WordContribution((3,), (4 if other else 3,), text, other or text, score)
+def word(text: str, score: float, other: str | None = None, parameter: str = "words.weight") -> WordContribution:
+    return WordContribution(parameter, (3,), (4 if other else 3,), text, other or text, score)
 
 
 def evidence(sample_id: int, score: float, text: str, *words: WordContribution, note: str = "") -> Evidence:

@@ -109,6 +109,11 @@ def test_text_table():
     assert "tuple~fields +0.25" in text_table([explanation()])
     for row in lines[:8]:
         assert len(row) <= 90
+    two = evidence(1, 1.0, "text", word("tuple", 0.75), word("tuple", 0.25, parameter="source.weight"))
+    assert "words: tuple (words.weight) +0.75, tuple (source.weight) +0.25" in text_table(
+        [Explanation(Description("q"), (two,), ())]
+    )
+    assert two.weights() == {"tuple": 1.0}
     one_word = Explanation(Description("字" * 300), (), ())
     assert text_table([one_word], width=50).splitlines() == [
         "? " + "字" * 47 + "…",
