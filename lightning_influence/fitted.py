@@ -12,7 +12,6 @@ from lightning.pytorch import LightningModule
 from lightning_influence.artifacts import ArtifactStore
 from lightning_influence.errors import QueryError, StoreError
 from lightning_influence.replay import TrainingData
-from lightning_influence.samples import fingerprint
 
 
 def rebuilt(kind: type[LightningModule], store: ArtifactStore) -> LightningModule:
@@ -93,15 +92,15 @@ def check_training_data(loader: Any, store: ArtifactStore) -> None:
         StoreError: another length, content or order.
         UnsupportedError: a loader that cannot be walked by position.
     """
-    dataset, manifest = TrainingData.of(loader).dataset, store.manifest
-    if len(dataset) != manifest.dataset_length:
+    data, manifest = TrainingData.of(loader, forked=True), store.manifest
+    if len(data) != manifest.dataset_length:
         raise StoreError(
             f"the store at {store.root} belongs to another training set",
             expected=f"{manifest.dataset_length} samples",
-            found=f"{len(dataset)} samples",
+            found=f"{len(data)} samples",
             hint="pass the loader of the dataset that was fitted, unfiltered and in its order",
         )
-    found = fingerprint(dataset)
+    found = data.fingerprint()
     if found != manifest.dataset_fingerprint:
         raise StoreError(
             f"the store at {store.root} belongs to a training set of other content or order",

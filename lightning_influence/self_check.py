@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from lightning_influence.errors import CaptureError, LossError
@@ -19,7 +20,7 @@ from lightning_influence.gradients import GradientBlock, GradientCapture, Gradie
 from lightning_influence.objective import Objective, PerSample, Reduction, step_objective, training_objective
 from lightning_influence.replay import TrainingData, autocast, isolated, loss_scale, sample_gradients, to_device
 
-_SINGLES = 3
+_SINGLES = 6
 _BATCH = 16
 
 
@@ -29,8 +30,10 @@ class SelfCheck:
 
     Attributes:
         reduction: how the loss reduces its batch, as found by comparison with single samples.
-        weighted: the loss is a mean over tokens, whose number differs among samples.
+        weighted: the loss call can give samples different weights (a mean over tokens, class weights), in other
+            batches if not in this one.
         functional: uses of selected parameters outside their layers' own calls are captured.
+        left_out: parameter name to its uses that are seen and not captured (the tied head of word embeddings).
         gradients: the checked per-sample gradients, for an estimate of what they need on disk.
         worst_sum: largest relative error of question (a) over the parameters.
         worst_single: largest relative error of question (b) over the samples that were collated alone.
@@ -39,9 +42,15 @@ class SelfCheck:
     reduction: Reduction
     weighted: bool
     functional: bool
+    left_out: Mapping[str, frozenset[str]]
     gradients: Gradients
     worst_sum: float
     worst_single: float
+
+    @property
+    def num_samples(self) -> int:
+        """Samples of the checked batch."""
+        return next(iter(self.gradients.values())).num_samples
 
 
 def self_check(
@@ -56,6 +65,9 @@ def self_check(
     """Compare captured rows of samples spread over the training set with autograd and with single samples, isolated
     from the run.
 
+    Up to 16 samples are collated, whatever the loader's batch size; where that fails (a collate function or a model
+    that takes one sample only), as many as the loader's batches have, and a warning says so.
+
     Args:
         in_flight: check what `training_step` itself differentiates, whatever `per_sample_loss` says; of several losses
             the first that reaches the selected parameters; and do without the functional capture if that is enough.
@@ -64,41 +76,64 @@ def self_check(
         CaptureError: the rows do not sum to autograd's gradient of a parameter, which is named.
         LossError: the loss couples samples, or weights them in a way that cannot be undone.
     """
-    size = max(1, min(data.batch_size, _BATCH, _BATCH if data.length is None else data.length))
-    positions = _spread(size, size if data.length is None else data.length)
-    tolerance = 1e-3 if _full_precision(trainer) else 0.1
+    tolerance = 1e-3 if full_precision(trainer) else 0.1
 
-    with isolated(module, trainer):
-        size, together, alone = data.alone(positions, _spread(min(_SINGLES, size), size))
+    def fetched(size: int) -> tuple[int, object, Mapping[int, object]]:
+        positions = _spread(size, size if data.length is None else data.length)
+        with isolated(module, trainer):
+            return data.alone(positions, range(size))
 
     def objective(batch: object, count: int, manual_losses: list[Tensor], capture: GradientCapture) -> Objective:
         placed = to_device(batch, module, trainer)
         if in_flight:
-            meant = _reaches(selection, capture)
+            meant = reaches_selection(selection, capture)
             return step_objective(module, placed, count, manual_losses=manual_losses, meant=meant)
         return training_objective(module, placed, count, per_sample_loss=per_sample_loss, manual_losses=manual_losses)
 
-    def compared(functional: bool) -> SelfCheck:
-        def rows(batch: object, count: int) -> tuple[Gradients, Objective, Collection[str]]:
-            capture = GradientCapture(selection, functional=functional)
-            with isolated(
-                module, trainer
-            ) as losses:  # anew for each: all start from the same counters and random state
-                gradients, found = sample_gradients(
-                    module, capture, count, lambda: objective(batch, count, losses, capture), trainer
-                )
-            return gradients, found, capture.left_out
+    def rows(batch: object, count: int, functional: bool) -> tuple[Gradients, Objective, Mapping[str, set[str]]]:
+        capture = GradientCapture(selection, functional=functional)
+        with isolated(module, trainer) as losses:  # anew for each: all start from the same counters and random state
+            gradients, found = sample_gradients(
+                module, capture, count, lambda: objective(batch, count, losses, capture), trainer
+            )
+        return gradients, found, capture.left_out
 
-        gradients, found, left_out = rows(together, size)
+    fewer: list[str] = []  # why
+
+    def chosen() -> tuple[int, object, Mapping[int, object]]:
+        most = _BATCH if data.length is None else max(1, min(_BATCH, data.length))
+        if data.batch_size >= most:
+            return fetched(most)
+        try:
+            several = fetched(most)
+            rows(several[1], several[0], functional=True)
+            return several
+        except Exception as error:  # whatever a user's collate function and model raise for more than they can take
+            if isinstance(error, CaptureError) and "NaN" in error.what:
+                raise
+            reason = str(error).partition("\n")[0]
+            fewer.append(
+                f"The self-check could look at {data.batch_size} of {most} samples together, since the others did not "
+                f"fit into the batch ({type(error).__name__}: {reason}): it says less about the loss of larger "
+                "batches. HINT: let the collate function and training_step take batches of any size, or define "
+                "`per_sample_loss(batch) -> (N,)` on the module."
+            )
+        return fetched(data.batch_size)
+
+    size, together, alone = chosen()
+
+    def compared(functional: bool) -> SelfCheck:
+        gradients, found, left_out = rows(together, size, functional)
         with isolated(module, trainer) as losses:
             with autocast(trainer):
                 total = objective(together, size, losses, GradientCapture(selection)).total
             reference = _autograd(selection, total, left_out, loss_scale(trainer))
             worst_sum = _check_sum(gradients, found.scale, reference, tolerance)
-        own = {index: rows(batch, 1)[0] for index, batch in alone.items()}
+        own = {index: rows(alone[index], 1, functional)[0] for index in _singles(found)}
         reduction, worst_single = _check_singles(gradients, own, found, tolerance)
-        weighted = not torch.allclose(found.scale, found.scale[:1].expand_as(found.scale))
-        return SelfCheck(reduction, weighted, functional, gradients, worst_sum, worst_single)
+        weighted = found.weighted or not torch.allclose(found.scale, found.scale[:1].expand_as(found.scale))
+        uses = {name: frozenset(kept) for name, kept in left_out.items()}
+        return SelfCheck(reduction, weighted, functional, uses, gradients, worst_sum, worst_single)
 
     if not in_flight:
         check = compared(functional=True)
@@ -107,6 +142,8 @@ def self_check(
             check = compared(functional=False)
         except CaptureError:
             check = compared(functional=True)
+    for reason in fewer:
+        rank_zero_warn(reason)
     if check.reduction == "sum":
         smaller = {name: block.scaled(torch.full((size,), 1 / size)) for name, block in check.gradients.items()}
         return replace(check, gradients=smaller)
@@ -118,11 +155,22 @@ def _spread(count: int, length: int) -> list[int]:
     return [round(i * (length - 1) / max(1, count - 1)) for i in range(count)]
 
 
-def _full_precision(trainer: Trainer | None) -> bool:
+def _singles(found: Objective) -> list[int]:
+    """Indices of the samples that are looked at alone: of different labels where the loss call tells them, and spread
+    over the batch."""
+    size = len(found.scale)
+    labels = None if found.call is None else found.call.labels(size)
+    first = {} if labels is None else {label: i for i, label in reversed(list(enumerate(labels.tolist())))}
+    wanted = dict.fromkeys([*sorted(first.values()), *_spread(min(_SINGLES, size), size), *range(size)])
+    return sorted(list(wanted)[:_SINGLES])
+
+
+def full_precision(trainer: Trainer | None) -> bool:
+    """Whether the Trainer computes in float32 or more throughout."""
     return trainer is None or str(trainer.precision) in ("32-true", "64-true", "32", "64")
 
 
-def _reaches(selection: Selection, capture: GradientCapture) -> Callable[[Tensor], bool]:
+def reaches_selection(selection: Selection, capture: GradientCapture) -> Callable[[Tensor], bool]:
     """Whether a loss has a gradient with respect to a selected parameter; frozen ones cannot tell.
 
     What the capture sees while this is found out is dropped.

@@ -148,7 +148,31 @@ def test_several_calls() -> None:
         F.cross_entropy(z, y, WEIGHT)
     with pytest.raises(LossError, match="several losses"):
         batch_scale(uneven.calls, N)
-    assert batch_scale(uneven.calls, N, "sum").tolist() == [1.0] * N
+    assert batch_scale(watch.calls, N, "sum").tolist() == [1.0] * N
+    with LossWatch() as weighted:
+        F.cross_entropy(z, y, WEIGHT)
+    torch.testing.assert_close(batch_scale(weighted.calls, N, "sum") * N, batch_scale(weighted.calls, N), **CLOSE)
+
+
+def test_which_calls_can_weigh() -> None:
+    """The call decides, not the weights that this batch happens to have."""
+    z, y, tokens = drawn(N, C).requires_grad_(), classes(N), drawn(N, C, T).requires_grad_()
+    even = torch.ones(C, dtype=torch.float64)
+    for calls, expected in (
+        (lambda: F.cross_entropy(z, y), False),
+        (lambda: F.cross_entropy(z, y, even), True),
+        (lambda: F.cross_entropy(z, y, even, reduction="sum"), False),
+        (lambda: F.cross_entropy(z, y, ignore_index=-1), True),
+        (lambda: F.cross_entropy(tokens, classes(N, T)), True),
+        (lambda: F.cross_entropy(tokens.transpose(1, 2).flatten(0, 1), classes(N * T)), True),
+        (lambda: F.cross_entropy(z, PROBABILITIES, even), False),
+        (lambda: F.nll_loss(z.log_softmax(1), y, even), True),
+        (lambda: F.binary_cross_entropy_with_logits(z, PROBABILITIES, even), False),
+        (lambda: F.mse_loss(z, PROBABILITIES), False),
+    ):
+        with LossWatch() as watch:
+            calls()
+        assert watch.only is not None and watch.only.can_weigh(N) is expected
 
 
 class Model(LightningModule):

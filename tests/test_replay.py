@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
+from contextlib import closing
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +16,21 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, Subset
+from torch.utils.data import (
+    BatchSampler,
+    ConcatDataset,
+    DataLoader,
+    IterableDataset,
+    SequentialSampler,
+    Subset,
+    TensorDataset,
+    get_worker_info,
+)
 
-from lightning_influence.errors import CaptureError, UnsupportedError
-from lightning_influence.replay import TrainingData, isolated, walk
+from lightning_influence.errors import CaptureError, SampleIdError, UnsupportedError
+from lightning_influence.replay import TrainingData, isolated, open_files, walk
 from lightning_influence.replay.remembered import Remembered
+from lightning_influence.samples import fingerprint
 from tests.callbacks.fits import WARNINGS, Classifier, Texts, loader, padded, seeded
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in WARNINGS]
@@ -235,3 +249,159 @@ def test_a_step_that_reads_its_optimizers_sees_them() -> None:
         module.optimizers().step()
         module.lr_schedulers().step()
     assert seen == [0.75] and run.optimizers[0].param_groups[0]["lr"] == 0.25
+
+
+def a_run() -> Any:
+    from lightning.pytorch import Trainer
+
+    return Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_trainer_is_isolated_too(given: bool) -> None:
+    run, module = a_run(), seeded(Classifier)
+    module.trainer = run
+    run.notes = {"seen": [1]}
+    loops, callbacks = run.fit_loop, list(run.callbacks)
+    with isolated(module, run if given else None):
+        module.trainer.should_stop = True
+        module.trainer.steps_seen = 1
+        module.trainer.notes["seen"].append(2)
+        module.trainer.callbacks.clear()
+    assert run.should_stop is False and not hasattr(run, "steps_seen") and run.notes == {"seen": [1]}
+    assert run.fit_loop is loops and run.callbacks == callbacks
+
+
+class Lines(Texts):
+    """Labels are numbers in an open file, read through its buffer."""
+
+    def __init__(self, path: Path, mode: str) -> None:
+        super().__init__(40)
+        path.write_bytes(b"".join(b"%05d" % (n * 4) for n in range(20000)))
+        self.file = path.open(mode)
+        self.fails_at = -1
+
+    def __getitem__(self, position: int) -> Any:
+        if position == self.fails_at:
+            raise OSError("disk gone")
+        self.file.seek(position * 2000)
+        return {**super().__getitem__(position), "label": int(self.file.read(5))}
+
+
+@pytest.mark.parametrize("anew", [True, False])
+@pytest.mark.parametrize("ends", ["at the end", "early", "with an error", "at once"])
+@pytest.mark.parametrize("mode", ["rb", "rb+"])
+def test_a_fork_leaves_open_files_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, ends: str, anew: bool
+) -> None:
+    if not anew:  # a system on which a file cannot be opened again by its number
+        monkeypatch.setattr(open_files, "_ANEW", str(tmp_path / "nothing"))
+    texts = Lines(tmp_path / "lines", mode)
+    with texts.file:
+        assert texts[1]["label"] == 400 * 4 and texts.file.tell() == 2005
+        place = os.lseek(texts.file.fileno(), 0, os.SEEK_CUR)
+        data = TrainingData.of(loader(texts, batch_size=2), forked=True)
+        spans = [range(0, 40)]
+        labels = [400 * 4 * position for position in range(40)]
+        if ends == "at the end":
+            found = [label for _, batch in walk(data, spans, seeded(Classifier)) for label in batch["label"].tolist()]
+            assert found == labels
+        elif ends == "early":
+            with closing(walk(data, spans, seeded(Classifier))) as batches:  # type: ignore[type-var]
+                assert next(batches)[1]["label"].tolist() == labels[:2]
+        elif ends == "with an error":
+            texts.fails_at = 20
+            with pytest.raises(OSError, match="disk gone") as failure:
+                list(walk(data, spans, seeded(Classifier)))
+            assert failure.tb is not None and not multiprocessing.active_children()
+        else:
+            assert data.alone([0, 39], [1])[1]["label"].tolist() == [labels[0], labels[39]]
+        assert not multiprocessing.active_children()
+        assert os.lseek(texts.file.fileno(), 0, os.SEEK_CUR) == place
+        assert texts.file.read(5) == b"%05d" % (401 * 4)  # goes on in its buffer
+        assert texts[39]["label"] == labels[39]
+
+
+def test_files_that_others_write_or_exchange_are_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(open_files, "_ANEW", str(tmp_path / "nothing"))
+    paths = [tmp_path / name for name in ("log", "notes", "closed", "other", "read")]
+    for path in paths:
+        path.write_bytes(b"0123456789")
+    log = os.open(paths[0], os.O_WRONLY)
+    notes = os.open(paths[1], os.O_RDWR)
+    closed, read = os.open(paths[2], os.O_RDONLY), os.open(paths[4], os.O_RDONLY)
+    with open_files.places_kept():
+        os.write(log, b"abc")
+        os.write(notes, b"abcdefghijklmnop")
+        os.read(read, 4)
+        other = os.open(paths[3], os.O_RDONLY)
+        os.dup2(other, closed)
+        os.read(closed, 5)
+    assert [os.lseek(number, 0, os.SEEK_CUR) for number in (log, notes, closed, read)] == [3, 16, 5, 0]
+    for number in (log, notes, closed, other, read):
+        os.close(number)
+
+
+class Counting(Texts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads, self.seen = 0, [0]
+
+    def __getitem__(self, position: int) -> Any:
+        self.reads += 1
+        self.seen.append(position)
+        return {**super().__getitem__(position), "reads": self.reads}
+
+
+@pytest.mark.parametrize("how", ["forked", "worker", "subset", "no fork", "daemon"])
+def test_a_fingerprint_is_taken_where_it_disturbs_nothing(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = Counting()
+    if how == "no fork":
+        monkeypatch.setattr(multiprocessing, "get_all_start_methods", lambda: ["spawn"])
+    elif how == "daemon":  # such a process may have no children
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    dataset: Any = Subset(texts, range(9)) if how in ("subset", "no fork") else texts
+    data = TrainingData.of(loader(dataset, num_workers=int(how == "worker")), forked=True)
+    assert data.num_workers == int(how not in ("no fork", "daemon"))
+    fresh = Counting()
+    expected = fingerprint(Subset(fresh, range(9)) if dataset is not texts else fresh)
+    assert data.fingerprint() == expected and fresh.reads == 24
+    assert len(list(data.batches([[0, 1], [2]]))) == 2
+    assert texts.reads == 0 and texts.seen == [0] and not multiprocessing.active_children()
+
+
+def test_a_fingerprint_in_a_worker_fails_and_starts_as_it_should() -> None:
+    class Keyed(Texts):
+        def __getitem__(self, position: int) -> Any:
+            raise KeyError(position)
+
+    class Opened(Texts):
+        offset: int
+
+        def __getitem__(self, position: int) -> Any:
+            return self.offset + position
+
+    def opens(worker: int) -> None:
+        info: Any = get_worker_info()
+        info.dataset.offset = 5
+
+    with pytest.raises(SampleIdError, match=r"Keyed cannot be read by position.\n  expected: .*\n  found: KeyError"):
+        TrainingData.of(loader(Keyed()), forked=True).fingerprint()
+    opened = Opened()
+    found = TrainingData.of(loader(opened, num_workers=1, worker_init_fn=opens)).fingerprint()
+    opened.offset = 5
+    assert found == fingerprint(opened)
+    assert TrainingData.of(DataLoader([], batch_size=2), forked=True).fingerprint() == fingerprint([])  # type: ignore[arg-type]
+
+
+def test_tensors_are_read_in_process_and_user_code_in_a_worker():
+    tensors = TensorDataset(torch.arange(6.0))
+    for dataset in (tensors, Subset(tensors, [1, 3]), ConcatDataset([tensors, Subset(tensors, [0])])):
+        assert TrainingData.of(DataLoader(dataset, batch_size=2), forked=True).num_workers == 0
+    own = type("Own", (TensorDataset,), {})(torch.arange(6.0))
+    for loader in (
+        DataLoader(own, batch_size=2),
+        DataLoader(Subset(own, [0]), batch_size=2),
+        DataLoader(tensors, batch_size=2, collate_fn=lambda samples: samples),
+    ):
+        assert TrainingData.of(loader, forked=True).num_workers == 1

@@ -15,7 +15,19 @@ from lightning_influence.errors import CaptureError, InfluenceError, LossError
 from lightning_influence.gradients import select
 from lightning_influence.replay import TrainingData
 from lightning_influence.self_check import self_check
-from tests.callbacks.fits import BOTH, WARNINGS, WORDS, Classifier, LanguageModel, Texts, fit, loader, seeded
+from tests.callbacks.fits import (
+    BOTH,
+    CLASSES,
+    WARNINGS,
+    WORDS,
+    Classifier,
+    LanguageModel,
+    Texts,
+    fit,
+    loader,
+    padded,
+    seeded,
+)
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in WARNINGS]
 
@@ -83,7 +95,9 @@ def test_refused_before_the_first_training_step(tmp_path: Path, case: str, mode:
 
 
 def check(module: Classifier, parameters: Any = BOTH, **options: Any) -> Any:
-    data = TrainingData.of(loader(Texts(), batch_size=options.pop("batch_size", 4)))
+    texts = options.pop("texts", None) or Texts()
+    batching = {"batch_size": options.pop("batch_size", 4), "collate_fn": options.pop("collate_fn", padded)}
+    data = TrainingData.of(loader(texts, **batching))
     return self_check(module, select(module, parameters), data, **options)
 
 
@@ -91,6 +105,7 @@ def test_reductions_are_recognised() -> None:
     for loss, reduction in (("mean", "mean"), ("sum", "sum"), ("own", "mean"), ("weights", "mean"), ("bce", "mean")):
         found = check(seeded(lambda loss=loss: Classifier(loss=loss)))
         assert (found.reduction, found.weighted) == (reduction, loss == "weights")
+        assert check(seeded(lambda loss=loss: Classifier(loss=loss)), batch_size=1).reduction == reduction
         assert found.worst_sum < 1e-5 and found.worst_single < 1e-3
     assert check(seeded(LanguageModel), ["words.weight"]).weighted
 
@@ -98,7 +113,7 @@ def test_reductions_are_recognised() -> None:
 @pytest.mark.parametrize("loss", ["mean", "sum"])
 def test_one_sample_or_no_gradient_at_all(loss: str) -> None:
     """Gradients cannot tell a sum from a mean there; the loss call does."""
-    assert check(seeded(lambda: Classifier(loss=loss)), batch_size=1).reduction == loss
+    assert check(seeded(lambda: Classifier(loss=loss)), texts=Texts(1)).reduction == loss
     module = seeded(lambda: Classifier(loss=loss))
     with torch.no_grad():
         module.head.weight.zero_()  # a head that begins at zero: nothing reaches the words
@@ -133,7 +148,7 @@ def test_samples_are_taken_from_all_over_the_training_set() -> None:
 
     module = seeded(Classifier)
     self_check(module, select(module, BOTH), TrainingData.of(loader(Watched(101), batch_size=3)))
-    assert seen == [0, 50, 100]
+    assert seen == [round(i * 100 / 15) for i in range(16)]  # however small the loader's batches are
 
 
 def test_functional_uses_are_captured_in_flight_only_where_there_are_some() -> None:
@@ -147,3 +162,67 @@ def test_functional_uses_are_captured_in_flight_only_where_there_are_some() -> N
     assert check(seeded(Tied), "words.weight", in_flight=True).functional
     assert not check(seeded(Classifier), in_flight=True).functional
     assert check(seeded(Classifier)).functional
+
+
+class ByHand(Classifier):
+    """The mean with class weights, written out: no call tells the weights."""
+
+    def loss(self, batch: Any) -> Tensor:
+        weight = torch.tensor([1.0, 5.0, 1.0])[batch["label"]]
+        each = F.cross_entropy(self(batch["tokens"]), batch["label"], reduction="none")
+        return (weight * each).sum() / weight.sum()
+
+
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_small_batches_hide_nothing(batch_size: int) -> None:
+    texts = Texts(8)
+    texts.labels = [0, 1, 1, 2, 1, 0, 1, 0]  # the first and the last weigh the same
+    with pytest.raises(LossError, match="cannot be read off"):
+        check(seeded(ByHand), batch_size=batch_size, texts=texts)
+    with pytest.raises(LossError, match="couples"):
+        check(seeded(Contrastive), batch_size=batch_size)
+
+
+def test_a_rare_label_is_looked_at() -> None:
+    texts = Texts(16)
+    texts.labels = [0] * 16
+    texts.labels[10] = 1  # away from the spread ones
+    with pytest.raises(LossError, match="cannot be read off"):
+        check(seeded(ByHand), texts=texts)
+
+
+def first_only(samples: list[Any]) -> Any:
+    return padded(samples[:1])
+
+
+def one_only(samples: list[Any]) -> Any:
+    (sample,) = samples
+    return padded([sample])
+
+
+@pytest.mark.parametrize("collate", [first_only, one_only])
+@pytest.mark.parametrize("loss", ["mean", "sum"])
+def test_collate_functions_of_one_sample(collate: Any, loss: str) -> None:
+    with pytest.warns(UserWarning, match="could look at 1 of 13 samples.*HINT"):
+        found = check(seeded(lambda: Classifier(loss=loss)), batch_size=1, collate_fn=collate)
+    assert found.reduction == loss
+
+
+def test_weights_are_read_off_the_loss_call_and_not_off_one_batch() -> None:
+    texts = Texts(8)
+    texts.labels, texts.tokens = [0] * 8, [tokens[:2] for tokens in texts.tokens]  # all weigh the same
+    assert check(seeded(lambda: Classifier(loss="weights")), texts=texts).weighted
+    texts.tokens = [torch.tensor([1, 2, 3])] * 8
+    assert check(seeded(LanguageModel), ["words.weight"], texts=texts).weighted
+    assert not check(seeded(Classifier), texts=texts).weighted
+
+
+def test_uses_that_are_left_out_are_told() -> None:
+    class Tied(Classifier):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return F.linear(torch.tanh(self.words(tokens).sum(1)), self.words.weight)[:, :CLASSES]
+
+    for in_flight in (False, True):
+        found = check(seeded(Tied), "word_embeddings", in_flight=in_flight)
+        assert found.left_out.keys() == {"words.weight"} and "linear" in str(found.left_out["words.weight"])
+    assert not check(seeded(Classifier)).left_out

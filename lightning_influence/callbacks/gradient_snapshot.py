@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
-from lightning_influence.artifacts import UNBOUNDED, Artifact, ArtifactStore, Checkpoint, Manifest
+from lightning_influence.artifacts import Artifact, ArtifactStore, Checkpoint
+from lightning_influence.callbacks.arguments import folder_or_none, goes_with, names, one_of, positive
 from lightning_influence.callbacks.capture_plan import DTYPES, CapturePlan
 from lightning_influence.callbacks.in_flight_recorder import InFlightRecorder
+from lightning_influence.callbacks.opening import manifest_of, open_store, training_data
 from lightning_influence.callbacks.optimizer_record import OptimizerRecord, denominators
-from lightning_influence.callbacks.replay_recorder import shard_size, write_replay
+from lightning_influence.callbacks.replay_recorder import write_replay
 from lightning_influence.callbacks.run_cost import RunCost, announce
 from lightning_influence.callbacks.staleness import Staleness
-from lightning_influence.callbacks.trainer_support import hyper_parameters, refuse_strategy, shared_folder, the_loader
-from lightning_influence.errors import StoreError, UnsupportedError
+from lightning_influence.callbacks.train_mode import warn_of_train_mode
+from lightning_influence.callbacks.trainer_support import refuse_strategy, shared_folder
+from lightning_influence.errors import StoreError
 from lightning_influence.gradients import select
 from lightning_influence.objective import PerSample
 from lightning_influence.replay import TrainingData
-from lightning_influence.samples import SampleTracker, fingerprint
+from lightning_influence.samples import SampleId, SampleTracker
 from lightning_influence.self_check import self_check
-
-SampleId = str | Callable[[Any], Sequence[int] | Tensor]
 
 
 class GradientSnapshot(Callback):
@@ -48,13 +47,19 @@ class GradientSnapshot(Callback):
         dtype: of the stored gradients; products are always accumulated in float32 or more.
         dataloader: replay this loader instead of the Trainer's (no shuffling needed).
         sample_id: key or function of a batch that gives sample ids where they cannot be known (streams), in flight.
-        per_sample_loss: (module, batch) -> (N,); default: the module's method of that name, or training_step's mean.
+        per_sample_loss: (module, batch) -> (N,), for replay; default: the module's method of that name, or
+            training_step's mean. In flight the rows are always those of training_step.
         log: also log the measured overhead to the Trainer's loggers.
 
     Raises:
-        UnsupportedError: FSDP, DeepSpeed and other sharding strategies; loaders that cannot be walked.
+        UnsupportedError: arguments that do not go together; FSDP, DeepSpeed and other sharding strategies; loaders that
+            cannot be walked.
         StoreError: the folder holds something else, or too little disk is free.
         CaptureError, LossError, SampleIdError: the self-check of the first batch failed; training has not begun.
+
+    Later findings end the fit as well, by an error that names the samples or the training batch: a gradient that is
+    NaN or infinite, a batch for which training_step returns no loss in replay, a full disk. What was committed before
+    stays whole and can be queried.
     """
 
     def __init__(
@@ -72,19 +77,19 @@ class GradientSnapshot(Callback):
         per_sample_loss: PerSample | None = None,
         log: bool = False,
     ) -> None:
-        _one_of("mode", mode, ("replay", "in_flight"))
-        _one_of("dtype", dtype, tuple(DTYPES))
-        for name, value in (
-            ("every_n_epochs", every_n_epochs),
-            ("every_n_steps", every_n_steps),
-            ("top_words", top_words),
-        ):
-            if value is not None and value < 1:
-                raise UnsupportedError(
-                    f"{name} must be positive", expected=">= 1", found=value, hint="see the docstring"
-                )
+        one_of("mode", mode, ("replay", "in_flight"))
+        one_of("dtype", dtype, tuple(DTYPES))
+        positive(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps, top_words=top_words)
+        folder_or_none("store", store)
+        goes_with(
+            mode,
+            {
+                "per_sample_loss": ("replay", per_sample_loss, "in flight the rows are those of training_step's loss"),
+                "sample_id": ("in_flight", sample_id, "replay walks the training set by position: ids are positions"),
+            },
+        )
         self.store = store
-        self.parameters = parameters if isinstance(parameters, str) else tuple(parameters)
+        self.parameters = names("parameters", parameters)
         self.mode = mode
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.top_words, self.dtype, self.dataloader = top_words, dtype, dataloader
@@ -173,7 +178,7 @@ class GradientSnapshot(Callback):
             self._recorder = InFlightRecorder.of(
                 trainer, store, plan, self._tracker, self._rates, self._staleness, self._recorded
             )
-            _warn_of_train_mode(module)
+            warn_of_train_mode(module, plan, self._data, trainer)
         self._plan = plan
         if self._recorder is not None and not known:
             self._snapshot(trainer, module, trainer.current_epoch)
@@ -187,44 +192,14 @@ class GradientSnapshot(Callback):
         return CapturePlan(selection, check, self.per_sample_loss, self.top_words, DTYPES[self.dtype])
 
     def _training_data(self, trainer: Trainer) -> TrainingData:
-        loader = self.dataloader if self.dataloader is not None else the_loader(trainer, self.mode)
-        return TrainingData.of(loader, forked=True, streams=self.mode == "in_flight" and self.sample_id is not None)
+        return training_data(trainer, self.dataloader, self.mode, ids_known=self.sample_id is not None)
 
     def _open(self, trainer: Trainer, module: LightningModule, plan: CapturePlan) -> ArtifactStore:
+        assert self._data is not None
         if self.store is None and self._resumed_root is not None:
             self._root = Path(self._resumed_root)  # the log folder of a resumed run is a new one
-        manifest = self._manifest(trainer, module, plan)
-        rank, world = trainer.global_rank, trainer.world_size
-        store: ArtifactStore | None = None
-        for turn in (True, False):  # rank zero first, the others once the store is there
-            if turn == trainer.is_global_zero:
-                if self._seen == 0:
-                    store = ArtifactStore.create(self._root, manifest, rank)
-                else:
-                    store = ArtifactStore.resume(self._root, manifest, self._recorded, rank, world)
-            trainer.strategy.barrier("influence-open")
-        assert store is not None
-        return store
-
-    def _manifest(self, trainer: Trainer, module: LightningModule, plan: CapturePlan) -> Manifest:
-        assert self._data is not None
-        size = trainer.strategy.broadcast(shard_size(plan.bytes_per_sample(), self._data.batch_size))
-        return Manifest(
-            dataset_length=UNBOUNDED if self._data.length is None else self._data.length,
-            dataset_fingerprint=trainer.strategy.broadcast(fingerprint(self._data.dataset)),
-            parameters=Manifest.describe(module.named_parameters()),
-            selected=plan.selection.names,
-            mode=self.mode,
-            shard_size=size,
-            dtype=self.dtype,
-            module_class=f"{type(module).__module__}.{type(module).__qualname__}",
-            hyper_parameters=hyper_parameters(module),
-            settings={
-                "top_words": self.top_words,
-                "reduction": plan.check.reduction,
-                "look_ups": sorted(plan.selection.input_only),
-            },
-        )
+        manifest = manifest_of(trainer, module, self._data, plan, self.mode, self.dtype)
+        return open_store(trainer, self._root, manifest, recorded=None if self._seen == 0 else self._recorded)
 
     # -- during training --------------------------------------------------------------------------------------------
 
@@ -382,18 +357,3 @@ class GradientSnapshot(Callback):
         if self._tracker is not None:
             self._tracker.detach(trainer)
             self._tracker = None
-
-
-def _warn_of_train_mode(module: LightningModule) -> None:
-    coupled = [n for n, m in module.named_modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    if coupled:
-        rank_zero_warn(
-            f"GradientSnapshot(mode='in_flight') sees '{coupled[0]}' in train mode, where batch normalisation mixes "
-            "the samples of a batch: rows are the parts of the batch gradient, not gradients of single samples. "
-            "HINT: mode='replay' runs in eval mode."
-        )
-
-
-def _one_of(name: str, value: str, allowed: Sequence[str]) -> None:
-    if value not in allowed:
-        raise UnsupportedError(f"unknown {name}", expected=", ".join(allowed), found=repr(value), hint="choose one")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from contextlib import closing
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import closing, contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 
 from lightning_influence.artifacts import Artifact, ArtifactStore, BackgroundWriter
 from lightning_influence.callbacks.capture_plan import CapturePlan
+from lightning_influence.errors import CaptureError, LossError
 from lightning_influence.gradients import GradientCapture, Gradients, cat, pack
 from lightning_influence.objective import training_objective
 from lightning_influence.replay import TrainingData, isolated, sample_gradients, shard_positions, walk
@@ -65,26 +66,39 @@ def _shards(
                disable=not trainer.is_global_zero or trainer.progress_bar_callback is None)  # fmt: skip
     with isolated(module, trainer) as manual_losses, bar:
         for ids, batch in walk(data, spans, module, trainer):
-            gradients, objective = sample_gradients(
-                module,
-                GradientCapture(plan.selection),
-                len(ids),
-                lambda batch=batch, ids=ids: training_objective(  # type: ignore[misc]
+            where = f"samples {ids.start} to {ids.stop - 1} of the training set"
+            with _named(where):
+                gradients, objective = sample_gradients(
                     module,
-                    batch,
+                    GradientCapture(plan.selection),
                     len(ids),
-                    per_sample_loss=plan.per_sample_loss,
-                    reduction=plan.check.reduction,
-                    manual_losses=manual_losses,
-                ),
-                trainer,
-            )
-            parts.append(plan.stored(gradients, f"samples {ids.start} to {ids.stop - 1} of the training set"))
+                    lambda batch=batch, ids=ids: training_objective(  # type: ignore[misc]
+                        module,
+                        batch,
+                        len(ids),
+                        per_sample_loss=plan.per_sample_loss,
+                        reduction=plan.check.reduction,
+                        manual_losses=manual_losses,
+                    ),
+                    trainer,
+                )
+            parts.append(plan.stored(gradients, where))
             records.append({k: v.cpu() for k, v in objective.dynamics().items()})
             bar.update(len(ids))
             if span is not None and ids.stop == span.stop:
                 yield span, cat(parts), _joined(records, [len(r) for r in _lengths(span, data.batch_size)])
                 parts, records, span = [], [], next(remaining, None)
+
+
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Say in which samples of the training set something was found."""
+    try:
+        yield
+    except (CaptureError, LossError) as error:
+        raise type(error)(
+            f"{error.what}, in {where}", expected=error.expected, found=error.found, hint=error.hint
+        ) from error
 
 
 def _lengths(span: range, batch_size: int) -> list[range]:

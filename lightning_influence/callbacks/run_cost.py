@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_influence.artifacts import UNBOUNDED, ArtifactStore
 from lightning_influence.callbacks.capture_plan import CapturePlan
@@ -77,14 +77,17 @@ def announce(
     epochs = math.inf if trainer.max_epochs in (None, -1) else float(trainer.max_epochs or 0)
     if trainer.max_steps >= 0:
         epochs = min(epochs, trainer.max_steps / max(1.0, steps_an_epoch))
-    checkpoints = epochs * steps_an_epoch // every_n_steps if every_n_steps else epochs // every_n_epochs
+    whole = math.ceil(epochs) if math.isfinite(epochs) else epochs  # one that max_steps cuts short has an end too
+    checkpoints = epochs * steps_an_epoch // every_n_steps if every_n_steps else float(whole // every_n_epochs)
+    if checkpoints == 0 and math.isfinite(batches) and not in_flight:
+        _warn_of_nothing(trainer, store, every_n_epochs, every_n_steps)
     state, moments, frozen = _bytes_of_weights(trainer, module)
     once = plan.bytes_per_sample() * (min(length, batches * batch_size * trainer.world_size) if in_flight else length)
     total = once * (epochs if in_flight else checkpoints) + (state + moments) * checkpoints + frozen
     total += state if in_flight else 0  # the checkpoint before the first step
     known = math.isfinite(total) and (length < UNBOUNDED or math.isfinite(batches))
     rank_zero_info(
-        f"GradientSnapshot: gradients of {', '.join(plan.selection.names)}"
+        f"GradientSnapshot: gradients of {', '.join(_told(name, plan) for name in plan.selection.names)}"
         + (f", about {_megabytes(once)} {'an epoch' if in_flight else 'a checkpoint'}" if once < UNBOUNDED else "")
         + (f", {_megabytes(total)} in all with the weights" if known else "")
         + f", in {store.root}"
@@ -92,6 +95,30 @@ def announce(
     if known and trainer.is_global_zero:
         store.record("estimate", {"bytes": int(total), "gradient_bytes": int(once)})
         store.require_free(max(0, int(total) - sum(artifact.bytes for artifact in store.artifacts())))
+
+
+def _told(name: str, plan: CapturePlan) -> str:
+    """A parameter's name, and which of its uses are left out."""
+    uses = ", ".join(sorted(plan.check.left_out.get(name, ())))
+    if not uses or name not in plan.selection.input_only:
+        return name
+    return f"{name} (look-ups only; the tied use in {uses} is left out)"
+
+
+def _warn_of_nothing(trainer: Trainer, store: ArtifactStore, every_n_epochs: int, every_n_steps: int | None) -> None:
+    """Say that this run is too short for a checkpoint, unless it is a trial or goes on with a store that has some."""
+    if trainer.fast_dev_run or store.checkpoints():  # type: ignore[attr-defined]
+        return
+    if every_n_steps is None:
+        rank_zero_warn(
+            f"GradientSnapshot will store nothing: every_n_epochs={every_n_epochs}, and the run has "
+            f"{trainer.max_epochs} epochs. HINT: lower every_n_epochs."
+        )
+    elif trainer.lightning_module.automatic_optimization:  # otherwise a batch may have several steps
+        rank_zero_warn(
+            f"GradientSnapshot will store nothing: every_n_steps={every_n_steps}, and the run has fewer optimizer "
+            "steps. HINT: lower every_n_steps."
+        )
 
 
 def _bytes_of_weights(trainer: Trainer, module: LightningModule) -> tuple[int, int, int]:

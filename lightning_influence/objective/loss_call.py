@@ -28,6 +28,7 @@ _WATCHED: dict[Callable[..., Tensor], str] = {
 _FUNCTIONS = {name: function for function, name in _WATCHED.items()}
 _CLASSIFICATION = {"cross_entropy", "nll_loss"}
 _BINARY = {"binary_cross_entropy_with_logits", "binary_cross_entropy"}
+_NOTHING_IGNORED = -100  # the default `ignore_index`: labels of whole samples do not have it
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,18 @@ class LossCall:
             if weight is not None and self.name not in _BINARY:  # those divide by the number of entries all the same
                 counted = counted * weight
         return per_sample(counted, num_samples, self.name).sum(1)  # (N,)
+
+    def can_weigh(self, num_samples: int) -> bool:
+        """Whether a mean like this one can give samples different weights, whatever weights this batch happens to have:
+        by `weight=`, or because it leaves out entries and there are several a sample, or an `ignore_index` was chosen.
+        """
+        if self.reduction != "mean":
+            return False
+        weighted = self.arguments.get("weight") is not None
+        if self._hard:
+            several = self.target.ndim != 1 or self.target.numel() > num_samples
+            return weighted or several or self.arguments["ignore_index"] != _NOTHING_IGNORED
+        return weighted and self.name not in _CLASSIFICATION and self.name not in _BINARY
 
     def scale(self, num_samples: int) -> Tensor:
         """Factor (N,) from a sample's share of the batch loss to the loss of that sample alone.

@@ -27,12 +27,14 @@ class Objective:
         scale: (N,).
         call: the watched loss call, where there was exactly one.
         losses: per-sample losses (N,), where the user gave them.
+        weighted: `scale` can differ among samples, in other batches if not in this one.
     """
 
     total: Tensor
     scale: Tensor
     call: LossCall | None = None
     losses: Tensor | None = None
+    weighted: bool = False
 
     def dynamics(self) -> dict[str, Tensor]:
         """Training-dynamics record of the batch: `loss` (N,), and for classifiers `margin` and `probability` (N,).
@@ -104,17 +106,18 @@ def step_objective(
     with LossWatch() as watch:
         returned = run_training_step(module, batch)
     total = _scalar_loss(returned, manual_losses or [], meant)
-    return Objective(total, batch_scale(watch.calls, num_samples, reduction).to(total.device), watch.only)
+    scale = batch_scale(watch.calls, num_samples, reduction).to(total.device)
+    weighted = any(call.can_weigh(num_samples) for call in watch.calls)
+    return Objective(total, scale, watch.only, weighted=weighted)
 
 
 def batch_scale(calls: Sequence[LossCall], num_samples: int, reduction: Reduction = "mean") -> Tensor:
-    """Factor (N,) from each sample's share of a batch loss to the loss of that sample alone, as the watched calls tell.
+    """Factor (N,) from each sample's share of a batch loss to the loss of that sample alone, as the watched calls tell;
+    a loss that is a `"sum"` is N times as large as they say.
 
     Raises:
         LossError: several calls with different weights.
     """
-    if reduction == "sum":
-        return torch.ones(num_samples)
     scales = [call.scale(num_samples) for call in calls if call.reduction == "mean"]
     if any(not torch.allclose(scales[0].double(), other.double()) for other in scales[1:]):
         raise LossError(
@@ -123,7 +126,8 @@ def batch_scale(calls: Sequence[LossCall], num_samples: int, reduction: Reductio
             found=", ".join(call.name for call in calls),
             hint="define `per_sample_loss(batch) -> (N,)` on the module",
         )
-    return scales[0] if scales else torch.full((num_samples,), float(num_samples))
+    scale = scales[0] if scales else torch.full((num_samples,), float(num_samples))
+    return scale / num_samples if reduction == "sum" else scale
 
 
 def run_training_step(module: LightningModule, batch: Any) -> Any:
@@ -170,11 +174,13 @@ def _scalar_loss(returned: Any, manual: list[Tensor], meant: Callable[[Tensor], 
         returned = chosen[0]
     loss = returned.get("loss") if isinstance(returned, dict) else returned
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
+        found = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise LossError(
             "training_step returned no loss that can be differentiated",
             expected="a scalar tensor, or a dictionary with one under 'loss'",
-            found=f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__,
-            hint="define `per_sample_loss(batch) -> (N,)` on the module; "
+            found="None, by which training skips a batch" if returned is None else found,
+            hint="samples without a loss cannot be attributed to: leave them out of the training set, or define "
+            "`per_sample_loss(batch) -> (N,)` on the module; "
             'ask about queries without labels with measurement="predicted_class"',
         )
     return loss.reshape(())

@@ -34,6 +34,9 @@ def isolated(module: LightningModule, trainer: Trainer | None = None) -> Iterato
     given to `manual_backward` are collected in the list that is yielded. `torch.compile`d parts run eagerly, so that
     hooks fire.
 
+    Attributes of the Trainer (`should_stop`, and whatever a step keeps there) are restored too, down to the contents of
+    plain containers; its loops, strategy and callbacks are left alone.
+
     Raises:
         CaptureError: the forward pass changed a parameter in place.
     """
@@ -45,6 +48,7 @@ def isolated(module: LightningModule, trainer: Trainer | None = None) -> Iterato
         stack.enter_context(torch.enable_grad())
         check_parameters = _unchanged_parameters(module)
         stack.callback(_remember_module(module).restore)
+        stack.callback(_remember_trainers({trainer, module._trainer}).restore)
         if trainer is not None:
             stack.callback(setattr, trainer, "loggers", trainer.loggers)
             trainer.loggers = [DummyLogger() for _ in trainer.loggers]
@@ -80,6 +84,14 @@ def _remember_module(module: LightningModule) -> Remembered:
             memory.tensor(part.weight)
     for parameter in module.parameters():
         memory.flag(parameter)
+    return memory
+
+
+def _remember_trainers(trainers: set[Trainer | None]) -> Remembered:
+    """The attributes of Trainers; of what those refer to, containers and values only."""
+    memory = Remembered()
+    for trainer in trainers - {None}:
+        memory.attributes(vars(trainer), frozenset())
     return memory
 
 

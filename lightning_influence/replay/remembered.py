@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections import deque
-from collections.abc import Callable, Collection, MutableMapping, MutableSet
+from collections.abc import Callable, Collection, Iterator, MutableMapping, MutableSet
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -162,6 +163,24 @@ class Remembered:
                     value.add(item)
 
         self._undo.append(undo)
+
+
+@contextmanager
+def dataset_remembered(dataset: Any) -> Iterator[None]:
+    """Put back what reading a dataset in this process changes in its attributes, and in those of datasets inside it.
+
+    Tensors and arrays are its data, not copied; iterators and open files cannot be put back.
+    """
+    memory = Remembered({type(dataset).__module__.split(".")[0]})
+    for _ in range(_DEPTH):
+        own = getattr(dataset, "__dict__", {})
+        data = frozenset(name for name, value in own.items() if isinstance(value, (Tensor, np.ndarray)))
+        memory.attributes(own, data)
+        dataset = own.get("dataset")  # of a subset
+    try:
+        yield
+    finally:
+        memory.restore()
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

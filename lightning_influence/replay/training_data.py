@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import multiprocessing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    default_collate,
+    get_worker_info,
+)
 
-from lightning_influence.errors import UnsupportedError
+from lightning_influence.errors import InfluenceError, UnsupportedError
+from lightning_influence.replay.open_files import open_files_anew, places_kept
+from lightning_influence.replay.remembered import dataset_remembered
 from lightning_influence.replay.sample_gradients import to_device
+from lightning_influence.samples import fingerprint
 
 
 @dataclass(frozen=True)
@@ -25,6 +38,7 @@ class TrainingData:
         batch_size: samples a batch.
         num_workers: worker processes that fetch and collate.
         loader: the loader it was read from.
+        undisturbed: what reading changes in the dataset is put back where no worker process reads.
     """
 
     dataset: Any
@@ -32,6 +46,7 @@ class TrainingData:
     batch_size: int
     num_workers: int
     loader: DataLoader[Any]
+    undisturbed: bool = False
 
     @property
     def length(self) -> int | None:
@@ -47,7 +62,8 @@ class TrainingData:
 
         Args:
             forked: fetch in at least one worker process where the system can fork one, so that a dataset which draws
-                from a generator of its own, or counts, is left as it was.
+                from a generator of its own, counts, or holds an open file, is left as it was. Elsewhere its attributes
+                are put back.
             streams: accept an iterable dataset, which can be looked into but not walked by position.
 
         Raises:
@@ -78,9 +94,23 @@ class TrainingData:
             )
         size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
         workers = loader.num_workers
-        if forked and workers == 0 and "fork" in multiprocessing.get_all_start_methods():
+        can_fork = "fork" in multiprocessing.get_all_start_methods() and not multiprocessing.current_process().daemon
+        if forked and workers == 0 and can_fork and not _leaves_no_trace(loader):
             workers = 1
-        return cls(loader.dataset, loader.collate_fn, int(size), workers, loader)
+        return cls(loader.dataset, loader.collate_fn, int(size), workers, loader, undisturbed=forked)
+
+    def fingerprint(self) -> str:
+        """The dataset's `samples.fingerprint`, read where training samples are: in a worker process if there is one.
+
+        Raises:
+            SampleIdError: the dataset cannot be read by position.
+        """
+        workers = min(1, self.num_workers)
+        with closing(self._read(_Recognised(self.dataset), workers, batch_size=None)) as read:
+            found: str | InfluenceError = next(read)
+        if isinstance(found, InfluenceError):
+            raise found
+        return found
 
     def batches(self, positions: Sequence[Sequence[int]]) -> Iterator[Any]:
         """Collated batches of the samples at the given positions, one list of positions each."""
@@ -94,8 +124,8 @@ class TrainingData:
         order: dict[str, Any] = {"batch_sampler": [list(positions)]}
         if self.length is None:
             order = {"batch_size": len(positions)}
-        fetched = self._fetch(_TogetherAndAlone(self.collate, tuple(singles)), **order)
-        found: tuple[int, Any, dict[int, Any]] | None = next(fetched, None)
+        with closing(self._fetch(_TogetherAndAlone(self.collate, tuple(singles)), **order)) as fetched:
+            found: tuple[int, Any, dict[int, Any]] | None = next(fetched, None)
         if found is None:
             raise UnsupportedError(
                 "the training set is empty",
@@ -105,21 +135,75 @@ class TrainingData:
             )
         return found
 
-    def _fetch(self, collate: Callable[[list[Any]], Any], **order: Any) -> Iterator[Any]:
-        loader, options = self.loader, dict[str, Any]()
-        if self.num_workers:
-            options = {"timeout": loader.timeout, "multiprocessing_context": loader.multiprocessing_context}
-            if loader.num_workers == 0:  # the user's dataset may not survive any other way into a process
-                options["multiprocessing_context"] = "fork"
-        yield from DataLoader(
-            self.dataset,
-            num_workers=self.num_workers,
-            collate_fn=collate,
-            worker_init_fn=loader.worker_init_fn,
+    def _fetch(self, collate: Callable[[list[Any]], Any], **order: Any) -> Generator[Any, None, None]:
+        timeout = {"timeout": self.loader.timeout} if self.num_workers else {}
+        yield from self._read(self.dataset, self.num_workers, collate_fn=collate, **timeout, **order)
+
+    def _read(self, dataset: Any, workers: int, **options: Any) -> Generator[Any, None, None]:
+        """What a loader of the dataset yields; when this ends or is closed, its processes are gone."""
+        if workers:
+            fork = self.loader.num_workers == 0  # the user's dataset may not survive any other way into a process
+            options["multiprocessing_context"] = "fork" if fork else self.loader.multiprocessing_context
+        reader: DataLoader[Any] = DataLoader(
+            dataset,
+            num_workers=workers,
+            worker_init_fn=_WorkerStart(self.loader.worker_init_fn),
             generator=torch.Generator().manual_seed(0),
             **options,
-            **order,
         )
+        in_process = dataset_remembered(self.dataset) if self.undisturbed else nullcontext()
+        with places_kept() if workers else in_process:
+            iterator = iter(reader)
+            try:
+                yield from iterator
+            finally:
+                if workers:  # a failure's traceback would keep them
+                    iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class _WorkerStart:
+    """What a worker process does first: it gets files of its own, and then does what the user's loader says."""
+
+    init: Callable[[int], None] | None
+
+    def __call__(self, worker: int) -> None:
+        open_files_anew()
+        info: Any = get_worker_info()
+        if isinstance(info.dataset, _Recognised):  # users look for their own dataset here
+            object.__setattr__(info, "dataset", info.dataset.dataset)
+        if self.init is not None:
+            self.init(worker)
+
+
+@dataclass(frozen=True)
+class _Recognised(Dataset[Any]):
+    """One item: the fingerprint of a dataset, or why it has none, which would not survive as an exception."""
+
+    dataset: Any
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, position: int) -> str | InfluenceError:
+        try:
+            return fingerprint(self.dataset)
+        except InfluenceError as error:
+            return error
+
+
+def _leaves_no_trace(loader: DataLoader[Any]) -> bool:
+    """Whether reading samples here is known to change nothing: tensors that are indexed and stacked, no user code."""
+    waiting = [loader.dataset]
+    while waiting:
+        dataset = waiting.pop()
+        if type(dataset) is Subset:
+            waiting.append(dataset.dataset)
+        elif type(dataset) is ConcatDataset:
+            waiting.extend(dataset.datasets)
+        elif type(dataset) is not TensorDataset:
+            return False
+    return loader.collate_fn is default_collate
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from lightning_influence.samples.identity import fingerprint
-from lightning_influence.samples.tracking import SampleTracker
+from lightning_influence.samples.tracking import SampleId, SampleTracker
 
-__all__ = ["SampleTracker", "fingerprint"]
+__all__ = ["SampleId", "SampleTracker", "fingerprint"]

@@ -14,6 +14,7 @@ from typing import Any
 import numpy
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from lightning_influence.errors import SampleIdError
 
@@ -32,7 +33,7 @@ def fingerprint(dataset: Any) -> str:
     the dataset; a change elsewhere that keeps the length is not seen. Tensors, arrays, texts, numbers, images
     and containers of them count by value, other objects by their class and attributes. What differs between
     repeated reads of one position (random augmentation) counts by type and shape only, at every position, and
-    not at all where the shape differs too. A dataset without a length (a stream) counts by its class alone.
+    not at all where the shape differs too. A stream (no length, or no positions) counts by its class alone.
 
     Reading happens behind isolated global random states (torch, numpy, python); generators that the dataset
     owns are put back. The result is the same in every process and for every Python release.
@@ -78,6 +79,8 @@ def fingerprint(dataset: Any) -> str:
 
 
 def _length(dataset: Any) -> int | None:
+    if isinstance(dataset, IterableDataset):  # may have a length, but never positions
+        return None
     try:
         return len(dataset)
     except (TypeError, NotImplementedError):

@@ -303,7 +303,7 @@ def _ids_in(batch: Any, sample_id: SampleId) -> Tensor | SampleIdError:
 
 
 def _check_size(ids: Tensor, batch: Any) -> None:
-    sizes = set(_leading_sizes(batch, top=True))
+    sizes = set(_possible_sizes(batch, top=True))
     if sizes and len(ids) not in sizes:
         raise SampleIdError(
             "The training batch does not have as many samples as the dataset positions it was made from.",
@@ -314,7 +314,7 @@ def _check_size(ids: Tensor, batch: Any) -> None:
         )
 
 
-def _leading_sizes(batch: Any, top: bool = False) -> Iterator[int]:
+def _possible_sizes(batch: Any, top: bool = False) -> Iterator[int]:
     """What could be the number of samples: leading sizes of tensors and arrays, lengths of lists and tuples.
 
     The outermost sequence may be (inputs, labels) as well as a list of samples: its length does not count if
@@ -325,14 +325,14 @@ def _leading_sizes(batch: Any, top: bool = False) -> Iterator[int]:
         yield from shape[:1]
     elif isinstance(batch, Mapping):
         for value in batch.values():
-            yield from _leading_sizes(value)
+            yield from _possible_sizes(value)
     elif isinstance(batch, (list, tuple)):
         shapes = {tuple(item.shape) for item in batch if hasattr(item, "shape")}
         if not top or len(shapes) < 2 or len({shape[:1] for shape in shapes}) > 1:
             yield len(batch)
         for item in batch:
             if not isinstance(item, (str, bytes)):
-                yield from _leading_sizes(item)
+                yield from _possible_sizes(item)
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         for field in dataclasses.fields(batch):
-            yield from _leading_sizes(getattr(batch, field.name))
+            yield from _possible_sizes(getattr(batch, field.name))

@@ -20,8 +20,24 @@ from torch.utils.data import IterableDataset
 from lightning_influence import ArtifactStore, GradientSnapshot, InfluenceModule, TracInWE
 from lightning_influence.artifacts import StepRange, tensor_files
 from lightning_influence.artifacts.store import ArtifactStore as Store
-from lightning_influence.errors import CaptureError, InfluenceError, StoreError, UnsupportedError
-from tests.callbacks.fits import BOTH, WARNINGS, Classifier, Texts, fit, loader, padded, seeded, stored, trainer
+from lightning_influence.errors import CaptureError, InfluenceError, LossError, StoreError, UnsupportedError
+from tests.callbacks.fits import (
+    BOTH,
+    WARNINGS,
+    Classifier,
+    LanguageModel,
+    Texts,
+    WeightsBefore,
+    dense,
+    fit,
+    loader,
+    padded,
+    seeded,
+    singles,
+    stored,
+    trainer,
+    truth,
+)
 
 pytestmark = [pytest.mark.filterwarnings(w) for w in WARNINGS]
 MODES = ["replay", "in_flight"]
@@ -273,3 +289,147 @@ def test_arguments_are_checked() -> None:
     ):
         with pytest.raises(UnsupportedError, match=next(iter(wrong))):
             GradientSnapshot(**wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"every_n_epochs": "2"},
+        {"every_n_steps": 2.0},
+        {"top_words": True},
+        {"store": 3},
+        {"parameters": 3},
+        {"parameters": []},
+        {"mode": ["replay"]},
+        {"dtype": torch.float32},
+        {"mode": "in_flight", "per_sample_loss": lambda module, batch: batch},
+        {"mode": "replay", "sample_id": "position"},
+    ],
+)
+def test_wrong_types_and_arguments_without_effect(wrong: dict[str, Any]) -> None:
+    with pytest.raises(UnsupportedError, match=list(wrong)[-1]) as raised:
+        GradientSnapshot(**wrong)
+    assert "HINT" in str(raised.value)
+
+
+class Bad(Classifier):
+    """Its loss of the batch with sample 9 is not there, or not finite, once the first epoch's checkpoint is made."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss = super().training_step(batch, batch_idx)
+        if self.training or 9 not in batch["position"].tolist() or self.global_step < 8:
+            return loss
+        return self.bad(loss)
+
+    def bad(self, loss: Tensor) -> Any:
+        return None
+
+
+class Infinite(Bad):
+    def bad(self, loss: Tensor) -> Any:
+        return loss * float("nan")
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "match"),
+    [
+        (Bad, LossError, "(?s)no loss.*samples 8 to 11 of the training set.*None"),
+        (Infinite, CaptureError, "NaN or infinite, in samples 8 to 11 of the training set"),
+    ],
+)
+def test_findings_of_a_replay_name_the_samples(tmp_path: Path, make: Any, kind: Any, match: str) -> None:
+    module = seeded(make)
+    with pytest.raises(kind, match=match):
+        fit(tmp_path, module, GradientSnapshot(tmp_path / "store", BOTH))
+    store = ArtifactStore.open(tmp_path / "store")
+    assert [c.step for c in store.checkpoints()] == [4] and stored(store, "head.weight").shape[0] == 13
+    assert module.training and "log" not in vars(module)
+
+
+@pytest.mark.parametrize(
+    ("settings", "options", "nothing"),
+    [
+        ({"every_n_epochs": 5}, {}, True),
+        ({"every_n_steps": 500}, {}, True),
+        ({"every_n_steps": 8}, {}, False),
+        ({}, {"max_steps": 2}, False),  # an epoch that is cut short ends too
+        ({"every_n_epochs": 5}, {"max_epochs": -1, "max_steps": 17}, False),
+        ({"every_n_epochs": 5}, {"max_epochs": -1, "max_steps": 16}, True),
+        ({"every_n_epochs": 5}, {"fast_dev_run": 1}, False),
+    ],
+)
+def test_a_run_too_short_for_a_checkpoint_is_told(
+    tmp_path: Path, settings: Any, options: Any, nothing: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    snapshot = GradientSnapshot(tmp_path / "store", "last_layer", **settings)
+    fit(tmp_path, seeded(Classifier), snapshot, **options)
+    assert any("will store nothing" in str(w.message) and "HINT" in str(w.message) for w in recwarn) is nothing
+    if "fast_dev_run" not in options:
+        assert (snapshot.artifacts.checkpoints() == ()) is nothing
+
+
+def test_a_tied_use_that_is_left_out_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    class Tied(Classifier):
+        def forward(self, tokens: Tensor) -> Tensor:
+            return F.linear(torch.tanh(self.words(tokens).sum(1)), self.words.weight)[:, :3]
+
+    with caplog.at_level("INFO"):
+        fit(tmp_path, seeded(Tied), GradientSnapshot(tmp_path / "store"), max_epochs=1)
+    assert "words.weight (look-ups only; the tied use in linear is left out)" in caplog.text
+
+
+class Mixup(Classifier):
+    def loss(self, batch: Any) -> Tensor:
+        if not self.training:
+            return super().loss(batch)
+        order, share = torch.randperm(len(batch["label"])), 0.7
+        z = self(batch["tokens"])
+        mixed = share * z + (1 - share) * z[order]
+        return share * F.cross_entropy(mixed, batch["label"]) + (1 - share) * F.cross_entropy(
+            mixed, batch["label"][order]
+        )
+
+
+class Centred(Classifier):
+    def forward(self, tokens: Tensor) -> Tensor:
+        z = super().forward(tokens)
+        return z - z.mean(0) if self.training else z
+
+
+class Noisy(Classifier):
+    """Random, and each sample for itself."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        z = super().forward(tokens)
+        return F.dropout(z * (1 + torch.randn_like(z)), 0.5, self.training) if self.training else z
+
+
+@pytest.mark.parametrize(("make", "mixes"), [(Mixup, True), (Centred, True), (Noisy, False), (Classifier, False)])
+def test_mixing_in_train_mode_alone_is_told(
+    tmp_path: Path, make: Any, mixes: bool, recwarn: pytest.WarningsRecorder
+) -> None:
+    fit(tmp_path, seeded(make), GradientSnapshot(tmp_path / "store", BOTH, mode="in_flight"), max_epochs=1)
+    assert any("mixes the samples of a batch" in str(w.message) for w in recwarn) is mixes
+
+
+def test_weights_of_batches_that_the_check_did_not_see(tmp_path: Path) -> None:
+    """In flight, where the checked batch has equal weights by chance, rows are those of single samples all the same."""
+
+    class Short(Texts):
+        def __init__(self) -> None:
+            super().__init__(61)
+            self.tokens = [torch.randint(1, 12, (2 if i % 4 == 1 else 4,)) for i in range(61)]
+            self.labels = [0 if i % 4 != 1 else 1 for i in range(61)]
+
+    for module, name in (
+        (seeded(LanguageModel), "next.weight"),
+        (seeded(lambda: Classifier(loss="weights")), "head.weight"),
+    ):
+        texts, weights = Short(), WeightsBefore()
+        assert all(len(texts.tokens[i]) == 4 for i in range(0, 61, 4))  # what a check of 16 spread samples sees
+        snapshot = GradientSnapshot(tmp_path / name, name, mode="in_flight")
+        fit(tmp_path, module, snapshot, weights, data=loader(texts, shuffle=False, batch_size=16), max_epochs=1)
+        row = torch.cat([dense(shard, name) for shard in snapshot.artifacts.shards(StepRange(0, 99))])
+        for i in (0, 1, 2, 60):
+            expected = truth(module, weights.at[i // 16], singles(texts, [i]), [name])[name]
+            torch.testing.assert_close(row[i : i + 1].double(), expected, rtol=1e-3, atol=1e-5)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
@@ -62,6 +64,10 @@ class Dirty(LightningModule):
         self.meter.seen["labels"].append(int(label[0]))
         logits = self.head(self.drop(self.norm(self.words(tokens).mean(1))))
         loss = F.cross_entropy(logits, label) * (1 + 0.1 * torch.rand(()) + 0.01 * self.counter)
+        self.trainer.steps_seen = getattr(self.trainer, "steps_seen", 0) + 1
+        loss = loss * (1 + 0.01 * self.trainer.steps_seen)
+        if len(label) == 1:
+            self.trainer.should_stop = True
         loss = loss * (1 + 0.1 * torch.rand((), generator=self.noise) + 0.1 * self.rng.random())
         loss = loss * (1 + 0.1 * float(np.random.rand()) + 0.1 * random.random() + 0.001 * float(self.totals[0]))
         self.totals[0] += 1
@@ -101,6 +107,72 @@ class Augmented(Dataset[tuple[Tensor, int]]):
         if self.own is not None:
             shift += int(torch.randint(0, 5, (), generator=self.own))
         return (torch.arange(5) * (position + 1) + shift) % 30, position % 3
+
+
+class Counts(Augmented):
+    """What it gives depends on how often it was read: by a counter, and by an iterator."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads, self.turns = 0, itertools.cycle(range(7))
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        self.reads += 1
+        draw = torch.Generator().manual_seed(self.reads)
+        return (torch.randint(0, 30, (5,), generator=draw) + next(self.turns)) % 30, position % 3
+
+
+class Lines(Dataset[tuple[Tensor, int]]):
+    """Reads texts from one open file, by seek and readline, through a buffer."""
+
+    def __init__(self, path: Path) -> None:
+        self.starts = [0]
+        self.file = path.open("rb")
+        for line in self.file:
+            self.starts.append(self.starts[-1] + len(line))
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def __getitem__(self, position: int) -> tuple[Tensor, int]:
+        self.file.seek(self.starts[position])
+        return text(self.file.readline().decode())
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
+class Stream(IterableDataset[tuple[Tensor, int, int]]):
+    """Goes on reading one open file where it is."""
+
+    def __init__(self, path: Path) -> None:
+        self.file = path.open()
+
+    def __iter__(self) -> Iterator[tuple[Tensor, int, int]]:
+        self.file.seek(0)
+        for position, line in enumerate(self.file):
+            yield *text(line), position
+
+    def __del__(self) -> None:
+        self.file.close()
+
+
+def text(line: str) -> tuple[Tensor, int]:
+    numbers = [int(word) for word in line.split()]
+    return torch.tensor(numbers[:5]) % 30, numbers[-1] % 3
+
+
+class Heard(Classifier):
+    """A classifier that writes down every sample it trains on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(30, 4)
+        self.heard: list[list[int]] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        self.heard += batch[0].tolist()
+        return F.cross_entropy(self(batch[0]), batch[1])
 
 
 class Adversarial(LightningModule):
@@ -164,6 +236,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any], dict[str, Any]]] = {
     "dirty": (Dirty, lambda: DataLoader(Augmented(), batch_size=4, shuffle=True), {}, {}),
     "dirty, two workers": (Dirty, lambda: DataLoader(Augmented(), batch_size=4, shuffle=True, num_workers=2), {}, {}),
     "dirty, own generator": (Dirty, lambda: DataLoader(Augmented(own=True), batch_size=4, shuffle=True), {}, {}),
+    "dirty, counting dataset": (Dirty, lambda: DataLoader(Counts(), batch_size=4, shuffle=True), {}, {}),
     "dirty, accumulation and clipping": (
         Dirty,
         lambda: DataLoader(Augmented(), batch_size=3, shuffle=True),
@@ -198,6 +271,37 @@ def test_training_is_bit_identical(tmp_path: Path, case: str, mode: Any) -> None
     assert outcome(tmp_path / "b", make, data, snapshot, **options) == without
     assert snapshot.artifacts.verify() == []
     assert len(snapshot.artifacts.checkpoints()) >= 2
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Lines of numbers, of many buffers in all and each longer than some."""
+    path = tmp_path_factory.mktemp("corpus") / "lines.txt"
+    numbers = torch.randint(0, 999, (60, 300), generator=torch.Generator().manual_seed(1)).tolist()
+    path.write_text("".join(" ".join(map(str, line)) + "\n" for line in numbers))
+    return path
+
+
+@pytest.mark.parametrize("case", ["replay", "replay, mid-epoch", "in_flight", "stream", "one persistent worker"])
+def test_a_dataset_that_reads_an_open_file_is_read_rightly(tmp_path: Path, corpus: Path, case: str) -> None:
+    settings: dict[str, Any] = {"mode": "in_flight" if case in ("in_flight", "stream") else "replay"}
+    options: dict[str, Any] = {}
+    if case == "stream":
+        settings["sample_id"] = lambda batch: batch[2]
+    elif "epoch" in case or "worker" in case:
+        settings["every_n_steps"] = 3
+    if "worker" in case:
+        options = {"num_workers": 1, "persistent_workers": True}
+
+    def run(name: str, snapshot: GradientSnapshot | None) -> tuple[str, list[list[int]]]:
+        data: Any = Stream(corpus) if case == "stream" else Lines(corpus)
+        trained = fit(tmp_path / name, seeded(Heard), snapshot, data=DataLoader(data, batch_size=4, **options))
+        return state_hash(trained), trained.lightning_module.heard  # type: ignore[return-value]
+
+    without = run("a", None)
+    lines = [(text(line)[0]).tolist() for line in corpus.read_text().splitlines()]
+    assert without[1] == lines * 2
+    assert run("b", GradientSnapshot(tmp_path / "store", **settings)) == without
 
 
 def test_a_dirty_module_would_show_a_careless_replay(tmp_path: Path) -> None:

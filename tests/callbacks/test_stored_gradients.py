@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence import ArtifactStore, GradientSnapshot
 from lightning_influence.artifacts import StepRange
-from lightning_influence.callbacks import gradient_snapshot
+from lightning_influence.callbacks import opening
 from lightning_influence.callbacks.replay_recorder import shard_size
 from lightning_influence.replay import shard_positions
 from tests.callbacks.fits import (
@@ -186,7 +186,7 @@ def test_manual_optimization(tmp_path: Path) -> None:
 def test_shards_do_not_depend_on_batch_size_or_shard_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found: dict[tuple[int, int], Tensor] = {}
     for batch_size, batches in ((1, 3), (4, 1), (5, 100)):
-        monkeypatch.setattr(gradient_snapshot, "shard_size", lambda *_, size=batch_size * batches: size)
+        monkeypatch.setattr(opening, "shard_size", lambda *_, size=batch_size * batches: size)
         module = seeded(Classifier)
         callback = snapshot(tmp_path / f"{batch_size}", module)
         callback.dataloader = loader(batch_size=batch_size, shuffle=False)

@@ -209,7 +209,12 @@ def test_streams_count_by_class() -> None:
     class Other(Stream):
         pass
 
+    class Long(Stream):
+        def __len__(self) -> int:
+            return 5
+
     assert fingerprint(Stream()) == fingerprint(Stream()) != fingerprint(Other())
+    assert fingerprint(Long()) == fingerprint(Long()) != fingerprint(Stream())
 
 
 def test_a_dataset_without_positions() -> None:
