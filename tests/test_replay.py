@@ -399,9 +399,9 @@ def test_tensors_are_read_in_process_and_user_code_in_a_worker():
     for dataset in (tensors, Subset(tensors, [1, 3]), ConcatDataset([tensors, Subset(tensors, [0])])):
         assert TrainingData.of(DataLoader(dataset, batch_size=2), forked=True).num_workers == 0
     own = type("Own", (TensorDataset,), {})(torch.arange(6.0))
-    for loader in (
+    for other in (
         DataLoader(own, batch_size=2),
         DataLoader(Subset(own, [0]), batch_size=2),
         DataLoader(tensors, batch_size=2, collate_fn=lambda samples: samples),
     ):
-        assert TrainingData.of(loader, forked=True).num_workers == 1
+        assert TrainingData.of(other, forked=True).num_workers == 1
