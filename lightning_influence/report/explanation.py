@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -113,6 +114,18 @@ def _summed(parts: Iterable[tuple[str | None, float]]) -> dict[str, float]:
 
 def _described(value: Description | str) -> Description:
     return value if isinstance(value, Description) else Description(value)
+
+
+def signed(score: float) -> str:
+    """A score with its sign and three digits, without an exponent where people can do without.
+
+    >>> signed(943.2), signed(-2071.0), signed(0.01234), signed(-3.2e-7), signed(0.0)
+    ('+943', '-2,070', '+0.0123', '-3.2e-07', '+0')
+    """
+    if score == 0 or not 1e-4 <= abs(score) < 1e7:
+        return f"{score:+.2g}"
+    digits = 2 - math.floor(math.log10(abs(score)))
+    return f"{round(score, digits):+,.{max(0, digits)}f}"
 
 
 def pieces(text: str, weights: Mapping[str, float]) -> Iterator[tuple[str, float]]:

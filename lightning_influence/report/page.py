@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jinja2 import Environment
 
-from lightning_influence.report.explanation import Explanation, pieces, strength
+from lightning_influence.report.explanation import Explanation, pieces, signed, strength
 
 _TEMPLATE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>{{ title }}</title>
@@ -25,7 +25,7 @@ _TEMPLATE = """<!doctype html>
  Hover over a word for its part of the score.</p>
 {% macro text(description, weights) -%}
  {%- for piece, weight, style in shaded(description.text, weights) -%}
-  {%- if style %}<mark style="background: {{ style }}" title="{{ '%+.3g'|format(weight) }}">{{ piece }}</mark>
+  {%- if style %}<mark style="background: {{ style }}" title="{{ signed(weight) }}">{{ piece }}</mark>
   {%- else %}{{ piece }}{% endif -%}
  {%- endfor %}{% if description.note %} <span class="note">{{ description.note }}</span>{% endif %}
 {%- endmacro %}
@@ -35,7 +35,7 @@ _TEMPLATE = """<!doctype html>
  {% for name, side in (("proponents", explanation.proponents), ("opponents", explanation.opponents)) %}
  <h3 class="{{ name }}">{{ name }}</h3>
  <ol>{% for evidence in side %}
-  <li><span class="score">{{ '%+.3g'|format(evidence.score) }}</span> <span class="id">#{{ evidence.sample_id }}</span>
+  <li><span class="score">{{ signed(evidence.score) }}</span> <span class="id">#{{ evidence.sample_id }}</span>
    {{ text(evidence.sample, evidence.weights()) }}</li>{% else %}
 
   <li class="note">none</li>{% endfor %}
@@ -59,7 +59,7 @@ def page(explanations: Sequence[Explanation], *, title: str = _TITLE) -> str:
     True
     """
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.globals["shaded"] = _shaded
+    environment.globals.update(shaded=_shaded, signed=signed)
     return environment.from_string(_TEMPLATE).render(explanations=explanations, title=title)
 
 

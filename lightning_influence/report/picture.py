@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.errors import QueryError, UnsupportedError
-from lightning_influence.report.explanation import Description, Evidence, Explanation, pieces, strength
+from lightning_influence.report.explanation import Description, Evidence, Explanation, pieces, signed, strength
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -110,7 +110,7 @@ class _Sheet:
 
     def evidence(self, y: float, evidence: Evidence, colour: str) -> float:
         """Score, id and text of a sample; returns where the next entry begins."""
-        self.write(_MARGIN, y, f"{evidence.score:+.2g}", color=colour, weight="bold")
+        self.write(_MARGIN, y, signed(evidence.score), color=colour, weight="bold")
         self.write(_ID, y, f"#{evidence.sample_id}", color=FAINT, fontsize=_SMALL)
         return self.text(y, evidence.sample, evidence.weights())
 

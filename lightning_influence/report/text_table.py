@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_influence.report.explanation import Description, Evidence, Explanation
+from lightning_influence.report.explanation import Description, Evidence, Explanation, signed
 
 _LEAST_TEXT = 20  # characters
 
@@ -23,7 +23,7 @@ def text_table(explanations: Sequence[Explanation], *, width: int = 100, words: 
         for title, side in (("proponents", explanation.proponents), ("opponents", explanation.opponents)):
             lines.append(f"  {title}" if side else f"  {title}: none")
             for evidence in side:
-                lead = f"  {evidence.score:+9.3g}  #{evidence.sample_id:<6} "
+                lead = f"  {signed(evidence.score):>9}  #{evidence.sample_id:<6} "
                 lines.append(_line(lead, evidence.sample, width))
                 if evidence.words:
                     lines.append(" " * len(lead) + _words(evidence, words))
@@ -36,7 +36,7 @@ def _words(evidence: Evidence, most: int) -> str:
     for c in evidence.words[:most]:
         own = c.word or str(c.tokens[0])
         both = own if c.sample_word in (None, own) else f"{own}~{c.sample_word}"
-        shown.append(f"{both}{f' ({c.parameter})' if several else ''} {c.score:+.3g}")
+        shown.append(f"{both}{f' ({c.parameter})' if several else ''} {signed(c.score)}")
     return "words: " + ", ".join(shown)
 
 

@@ -98,19 +98,19 @@ def test_text_table():
     assert lines[2:5] == [
         "  proponents",
         "      +1.25  #12     Return a new subclass of tuple named typename, which…  [collections]",
-        "                     words: tuple +0.75",
+        "                     words: tuple +0.750",
     ]
     assert lines[5:8] == [
-        "       +0.5  #4711   The NAMED fields & more.",
-        "                     words: named +0.25",
+        "     +0.500  #4711   The NAMED fields & more.",
+        "                     words: named +0.250",
         "   +3.4e-05  #3      no shared word",
     ]
     assert lines[-1] == "-" * 90
-    assert "tuple~fields +0.25" in text_table([explanation()])
+    assert "tuple~fields +0.250" in text_table([explanation()])
     for row in lines[:8]:
         assert len(row) <= 90
     two = evidence(1, 1.0, "text", word("tuple", 0.75), word("tuple", 0.25, parameter="source.weight"))
-    assert "words: tuple (words.weight) +0.75, tuple (source.weight) +0.25" in text_table(
+    assert "words: tuple (words.weight) +0.750, tuple (source.weight) +0.250" in text_table(
         [Explanation(Description("q"), (two,), ())]
     )
     assert two.weights() == {"tuple": 1.0}
@@ -152,9 +152,9 @@ def test_page():
     assert not {"b", "script", "how"} & set(found.tags) and "<b>text</b>" in " ".join(found.words)
     assert "Why & <how>" in " ".join(found.words)
     assert LONG.split()[-1] in found.words, "a page shows the whole text"
-    assert found.marked["NAMED"] == {"style": "background: rgba(27, 120, 55, 0.70)", "title": "+0.25"}
-    assert found.marked["A"] == {"style": "background: rgba(178, 24, 43, 0.70)", "title": "-0.75"}
-    assert {"#12", "#4711", "#99", "+1.25", "-1", "+3.4e-05"} <= set(found.words)
+    assert found.marked["NAMED"] == {"style": "background: rgba(27, 120, 55, 0.70)", "title": "+0.250"}
+    assert found.marked["A"] == {"style": "background: rgba(178, 24, 43, 0.70)", "title": "-0.750"}
+    assert {"#12", "#4711", "#99", "+1.25", "-1.00", "+3.4e-05"} <= set(found.words)
 
 
 def test_texts_cannot_break_out_of_the_page():

@@ -52,7 +52,7 @@ def test_words_are_shaded_by_what_they_contribute():
     assert found["NAMED"][1] == pytest.approx(0.72) and found["tuple"][1] == pytest.approx(0.12 + 0.6 / 3)
     assert not {"subclass", " ", "$"} & set(found)
     said = [t.get_text() for t in axes.texts]
-    for text in ("query", "+1.2", "#12", "#4711", "+3.4e-05", "-1", "   predicted: collections"):
+    for text in ("query", "+1.25", "#12", "#4711", "+3.4e-05", "-1.00", "   predicted: collections"):
         assert text in said
     assert drawn(figure) > 5000
 
