@@ -53,3 +53,7 @@ class UnsupportedError(InfluenceError):
 
 class QueryError(InfluenceError):
     """A query cannot be answered by this store and this estimator."""
+
+
+class CurvatureError(InfluenceError):
+    """A curvature cannot be estimated, solved or loaded."""

@@ -12,17 +12,23 @@ from lightning_influence.gradients.blocks import (
 )
 from lightning_influence.gradients.capture import GradientCapture
 from lightning_influence.gradients.factored import Factored
+from lightning_influence.gradients.low_rank import LowRank
+from lightning_influence.gradients.projection import FactorProjection, Projection, RandomProjection
 from lightning_influence.gradients.rows import Rows
 from lightning_influence.gradients.rules import LayerCall, gradient_rule
 from lightning_influence.gradients.selection import Selection, select, word_embeddings
 
 __all__ = [
     "Dense",
+    "FactorProjection",
     "Factored",
     "GradientBlock",
     "GradientCapture",
     "Gradients",
     "LayerCall",
+    "LowRank",
+    "Projection",
+    "RandomProjection",
     "Rows",
     "Selection",
     "accumulation_dtype",

@@ -18,16 +18,22 @@ from torch import Tensor
 from lightning_influence.errors import QueryError, StoreError
 
 if TYPE_CHECKING:
+    from lightning_influence.gradients.factored import Factored
     from lightning_influence.gradients.rows import Rows
 
 BlockT = TypeVar("BlockT", bound="GradientBlock")
 
 CHUNK_ELEMENTS = 1 << 24  # intermediates of a product stay below 64 MiB in float32
+_TOUCH = 8  # multiplications in the time that writing and reading one intermediate number takes
 
 
 def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
-    """float64 if any tensor is float64, else float32: half precision is for storage only."""
-    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+    """float64 if any tensor is float64, else float32: half precision is for storage."""
+    return _accumulated(*(tensor.dtype for tensor in tensors))
+
+
+def _accumulated(*dtypes: torch.dtype) -> torch.dtype:
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def spans(length: int, elements_each: int) -> Iterator[slice]:
@@ -77,6 +83,10 @@ class GradientBlock(ABC):
     def dense(self) -> Tensor:
         """The gradients written out, (N, *shape), in the accumulation type."""
 
+    def written_out(self, dtype: torch.dtype) -> Tensor:
+        """The gradients written out in a type of the caller's choice, (N, *shape)."""
+        return self.dense().to(dtype)
+
     @abstractmethod
     def select(self, index: Tensor) -> GradientBlock:
         """The samples at ``index`` (K,) in that order; repeats are allowed."""
@@ -103,6 +113,10 @@ class GradientBlock(ABC):
     def join(cls: type[BlockT], blocks: Sequence[BlockT]) -> GradientBlock:
         """Blocks of this one type laid one after the other along the samples."""
 
+    def compact(self) -> GradientBlock:
+        """The same gradients in the form that holds fewer numbers: this one, or Dense."""
+        return self
+
     @abstractmethod
     def all_finite(self) -> bool:
         """False when a value is NaN or infinite."""
@@ -115,6 +129,10 @@ class GradientBlock(ABC):
         """Sum over the samples, (*shape): what autograd itself would give."""
         return self.dense().sum(0)
 
+    def summed(self) -> GradientBlock:
+        """The sum over the samples as a block of one."""
+        return Dense(self.sum()[None])
+
     def multiplied(self, factor: Tensor) -> GradientBlock:
         """Every sample's gradient times ``factor`` (*shape), element by element."""
         dense = self.dense()
@@ -126,15 +144,23 @@ class GradientBlock(ABC):
         return Dense(self.dense() + other.dense())
 
     def inner(self, query: GradientBlock) -> Tensor:
-        """⟨query q, sample n⟩ for every pair, (Q, N); ``self`` is the training side."""
+        """⟨query q, sample n⟩ for every pair, (Q, N); ``self`` is the training side.
+
+        Queries held in bfloat16 ask for products in it: operands are rounded to 8 bits, a processor with bfloat16
+        units sums them in float32, and is several times as fast. All others are multiplied in float32 or more.
+        """
         self._check_alike(query)
-        wanted = query.dense().flatten(1)  # (Q, P)
+        narrow = query.dtype == torch.bfloat16 and self.dtype != torch.float64
+        wanted = query.written_out(query.dtype if narrow else _accumulated(query.dtype, self.dtype))
+        wanted = wanted.flatten(1)  # (Q, P)
         products = []
         for span in spans(self.num_samples, wanted.shape[1]):
-            mine = self.select(torch.arange(span.start, span.stop)).dense().flatten(1)  # (n, P)
-            kind = accumulation_dtype(wanted, mine)
-            products.append(wanted.to(kind) @ mine.to(wanted.device, kind).T)
-        return torch.cat(products, 1) if products else wanted.new_zeros(query.num_samples, 0)
+            whole = span.stop - span.start == self.num_samples
+            some = self if whole else self.select(torch.arange(span.start, span.stop))
+            mine = some.written_out(wanted.dtype).flatten(1)  # (n, P)
+            products.append(wanted @ mine.to(wanted.device).T)
+        found = torch.cat(products, 1) if products else wanted.new_zeros(query.num_samples, 0)
+        return found.to(torch.promote_types(found.dtype, torch.float32))
 
     def pairwise(self, other: GradientBlock) -> Tensor:
         """⟨other n, self n⟩ row by row, (N,)."""
@@ -164,6 +190,14 @@ class GradientBlock(ABC):
             for q in range(self.num_samples):
                 out[q].index_add_(0, owners, (dense[q, words].to(kind) * values).sum(1))
         return out
+
+    def against_factors(self, train: Factored) -> Tensor:
+        """The inner products of this query with a training block of factors, (Q, N).
+
+        ``Factored.inner`` hands over to here, so that a query block of another type can meet the factors in the
+        way that is cheapest for it. This general form writes both out.
+        """
+        return GradientBlock.inner(train, self)
 
     def _check_alike(self, other: GradientBlock, *, same_samples: bool = False) -> None:
         if self.shape != other.shape:
@@ -215,12 +249,34 @@ class Dense(GradientBlock):
     def dense(self) -> Tensor:
         return self.values.to(accumulation_dtype(self.values))
 
+    def written_out(self, dtype: torch.dtype) -> Tensor:
+        return self.values.to(dtype)
+
     def inner(self, query: GradientBlock) -> Tensor:
         from lightning_influence.gradients.rows import Rows
 
         if isinstance(query, Rows):
             return query.inner(self).T
         return super().inner(query)
+
+    def against_factors(self, train: Factored) -> Tensor:
+        """Σ_t output_grads · (query @ inputs), or products of written-out gradients where those cost less: with
+        several positions and more than a few queries."""
+        self._check_alike(train)
+        q, t, width = self.num_samples, train.inputs.shape[1], train.inputs.shape[2]
+        direct = q * t * (width + _TOUCH)  # operations for one output of one sample
+        if train.groups > 1 or direct > width * (q + t + _TOUCH):
+            return super().against_factors(train)
+        kind = accumulation_dtype(self.values, train.inputs, train.output_grads)
+        height = self.shape[0]
+        wanted = self.values.to(kind).reshape(q * height, width).T  # (I, QO)
+        products = []
+        for span in spans(train.num_samples, t * q * height):
+            inputs = train.inputs[span].to(self.device, kind).flatten(0, 1)  # (nT, I)
+            grads = train.output_grads[span].to(self.device, kind).flatten(0, 1)  # (nT, O)
+            found = torch.bmm((inputs @ wanted).view(-1, q, height), grads[:, :, None])  # (nT, Q, 1)
+            products.append(found.view(-1, t, q).sum(1).T)
+        return torch.cat(products, 1) if products else self.values.new_zeros(q, 0, dtype=kind)
 
     def select(self, index: Tensor) -> Dense:
         return Dense(self.values[index.to(self.values.device)])
@@ -286,9 +342,14 @@ def cat(parts: Sequence[Gradients]) -> dict[str, GradientBlock]:
         elif len(types) == 1:
             joined[name] = types.pop().join(blocks)
         else:
-            widest = max((block.dtype for block in blocks), key=lambda dtype: torch.finfo(dtype).bits)
-            joined[name] = Dense(torch.cat([block.dense() for block in blocks]).to(widest))
+            joined[name] = join_dense(blocks)
     return joined
+
+
+def join_dense(blocks: Sequence[GradientBlock]) -> Dense:
+    """Blocks of any forms laid one after the other along the samples, written out in the widest of their types."""
+    widest = max((block.dtype for block in blocks), key=lambda dtype: torch.finfo(dtype).bits)
+    return Dense(torch.cat([block.dense() for block in blocks]).to(widest))
 
 
 def inner(train: Gradients, query: Gradients) -> Tensor:

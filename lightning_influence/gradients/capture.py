@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from lightning_influence.gradients.functional import FunctionalUses, LayerUse
 from lightning_influence.gradients.listening import depth
 from lightning_influence.gradients.rules import LayerCall, apply_rule, rule_for, runs_again
 from lightning_influence.gradients.selection import Selection
+
+Consumer: TypeAlias = Callable[[str, GradientBlock], None]
 
 
 class GradientCapture:
@@ -45,31 +47,52 @@ class GradientCapture:
 
     Frozen layers that are selected are captured too: their outputs are made to require a gradient. Layers
     inside activation checkpointing are captured where they are recomputed. The gradients of several backward
-    passes before ``collect`` add up; ``discard`` drops those of a backward that is not meant.
+    passes before ``collect`` add up; ``discard`` drops those of a backward that is not meant. Several that are
+    wanted apart, over one forward, are collected one by one::
+
+        for output in outputs:                         # scalars, one for every class say
+            capture.backward(output, retain_graph=True)
+            gradients = capture.collect()              # of this backward alone
 
     Args:
         selection: what ``select`` returned.
         functional: also capture F.linear, F.embedding and convolutions that use a selected parameter outside
             its layer's own call (``F.linear(h, embedding.weight)``).
+        consumer: called with the name of a parameter and a block the moment that a gradient arrives, once for every
+            use of the parameter; the block is not kept, ``collect`` returns none, and what the layer had read is let
+            go. Not every value that it sees has been found finite.
+        factored: keep the weights of linear layers, convolutions and attentions as ``Factored``, inputs and output
+            gradients at every position, whatever that costs; a layer that is called twice has the positions of
+            both calls. Otherwise every block comes in its smaller form. Parameters that are used in other ways
+            too (a tied head, an attention with ``bias_k``) are Dense either way.
 
     Attributes:
         outputs: graph edges of the hooked outputs since ``begin``; ``inputs=`` for a backward of the caller's
-            own.
+            own. They hold the graph, and ``collect`` lets them go unless the last ``backward`` retained it.
         left_out: parameter name → uses that are seen and not captured: on purpose (the tied head of word
             embeddings) or because they lie out of reach (``h @ weight.T``). The sum of the captured rows is
             the parameter's gradient only for names that are not in here.
     """
 
-    def __init__(self, selection: Selection, *, functional: bool = True) -> None:
-        self.selection, self.functional = selection, functional
+    def __init__(
+        self,
+        selection: Selection,
+        *,
+        functional: bool = True,
+        factored: bool = False,
+        consumer: Consumer | None = None,
+    ) -> None:
+        self.selection, self.functional, self.factored, self.consumer = selection, functional, factored, consumer
         self.outputs: list[GradientEdge] = []
         self.left_out: dict[str, set[str]] = {}
         self._num_samples: int | None = None
         self._pending: list[_Pending] = []
         self._blocks: dict[str, GradientBlock] = {}
         self._called: set[str] = set()
+        self._consumed: set[str] = set()
         self._inside: list[nn.Module] = []
         self._paused = False
+        self._retained = False
         self._depth = 0
         self._handles: list[RemovableHandle] = []
         self._mode: FunctionalUses | None = None
@@ -109,16 +132,27 @@ class GradientCapture:
         self._forget()
         self._num_samples = None
 
+    def forward_is_over(self) -> None:
+        """Look at no more functions until the next ``attach``: there is nothing to find in what comes after a forward
+        pass, unless a checkpointed part that uses selected parameters by functions is run again in the backward."""
+        if self._mode is not None and not self._mode.found:
+            mode, self._mode = self._mode, None
+            mode.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
     def begin(self, num_samples: int) -> None:
         """Start a batch of ``num_samples`` samples; what an earlier one left uncollected is dropped."""
         self._forget()
         self._num_samples = num_samples
 
-    def backward(self, total: Tensor) -> None:
+    def backward(self, total: Tensor, *, retain_graph: bool = False) -> None:
         """Backpropagate ``total`` (a scalar) to the hooked outputs and no further: no ``.grad`` is touched.
 
         Reentrant activation checkpointing does not allow that. Where it is found, a whole backward runs, and
         every ``.grad`` is put back afterwards as it was (gradient hooks of parameters do fire).
+
+        Args:
+            retain_graph: keep the graph, through ``collect`` too, for another ``backward`` over the same forward.
+                ``begin``, ``detach`` or a ``backward`` without it let go.
         """
         if not total.requires_grad:
             raise CaptureError(
@@ -127,21 +161,28 @@ class GradientCapture:
                 found="a loss without a graph",
                 hint="run the forward with gradients enabled and inside the capture, after begin()",
             )
-        if any(node.name() == "CheckpointFunctionBackward" for node in _graph(total)):
-            with _gradients_kept(self.selection.module, total):
-                torch.autograd.backward(total)
-        elif self.outputs:  # if there are none, collect() says which layers never fired
-            torch.autograd.grad(total, self.outputs, allow_unused=True)
+        self._retained = retain_graph
+        reached = list(self.outputs)
+        try:
+            if any(node.name() == "CheckpointFunctionBackward" for node in _graph(total)):
+                with _gradients_kept(self.selection.module, total):
+                    torch.autograd.backward(total, retain_graph=retain_graph)
+            elif reached:  # if there are none, collect() says which layers never fired
+                torch.autograd.grad(total, reached, retain_graph=retain_graph, allow_unused=True)
+        finally:
+            self.outputs = reached  # not what was recomputed on the way: the next backward recomputes it again
 
     def discard(self) -> None:
         """Drop the gradients that came so far and go on listening to the same forward."""
         self._blocks.clear()
+        self._consumed.clear()
         for pending in self._pending:
             pending.grads.clear()
         self._pending.clear()
 
     def collect(self, *, require_all: bool = True, require_finite: bool = True) -> dict[str, GradientBlock]:
-        """The gradients since ``begin``: full parameter name → block, in the order of the selection.
+        """The gradients since ``begin`` or the last ``collect``: full parameter name → block, in the order of the
+        selection.
 
         Args:
             require_all: raise if a selected parameter got none; otherwise it is missing from the result.
@@ -155,7 +196,7 @@ class GradientCapture:
         try:
             for pending in self._pending:
                 self._apply(pending)
-            missing = [name for name in self.selection.names if name not in self._blocks]
+            missing = [n for n in self.selection.names if n not in self._blocks and n not in self._consumed]
             if missing and require_all:
                 raise self._never_fired(missing)
             for name, block in self._blocks.items():
@@ -164,7 +205,8 @@ class GradientCapture:
             return {name: self._blocks[name] for name in self.selection.names if name in self._blocks}
         finally:
             self.discard()
-            self.outputs = []
+            if not self._retained:
+                self.outputs = []
 
     # hooks
 
@@ -228,10 +270,18 @@ class GradientCapture:
         return arrived
 
     def _apply(self, pending: _Pending) -> None:
-        with self._pause():
-            for local, block in apply_rule(pending.call()).items():
+        call = pending.call(factored=self.factored)
+        with self._pause(), torch.autocast(call.output_grad.device.type, enabled=False):  # a backward may run inside it
+            for local, block in apply_rule(call).items():
                 name = pending.names[local]
-                self._blocks[name] = self._blocks[name].plus(block) if name in self._blocks else block
+                if self.consumer is not None:
+                    self.consumer(name, block)
+                    self._consumed.add(name)
+                    continue
+                whole = self._blocks[name].plus(block) if name in self._blocks else block
+                self._blocks[name] = whole if self.factored else whole.compact()
+        if self.consumer is not None and not self._retained:
+            pending.release()
 
     @contextlib.contextmanager
     def _pause(self) -> Iterator[None]:
@@ -242,8 +292,8 @@ class GradientCapture:
             self._paused = False
 
     def _forget(self) -> None:
-        self.outputs = []
-        self._pending, self._blocks, self._called = [], {}, set()
+        self.outputs, self._retained = [], False
+        self._pending, self._blocks, self._called, self._consumed = [], {}, set(), set()
         self._inside.clear()
 
     def _never_fired(self, missing: list[str]) -> CaptureError:
@@ -282,7 +332,11 @@ class _Pending:
         applied."""
         self.grads[place] = self.grads[place] + grad if place in self.grads else grad
 
-    def call(self) -> LayerCall:
+    def release(self) -> None:
+        """Let go of what the layer had read: the use has been dealt with."""
+        self.args, self.kwargs, self.outputs, self.versions = (), {}, [], []
+
+    def call(self, *, factored: bool) -> LayerCall:
         """What the rule is given. The gradients are used up."""
         if any(tensor._version != version for tensor, version in self.versions):
             names = ", ".join(map(repr, sorted(self.names.values())))
@@ -305,6 +359,7 @@ class _Pending:
             self.names,
             tuple(self.outputs),
             self.autocast,
+            factored,
         )
 
 

@@ -111,6 +111,7 @@ class FunctionalUses(TorchFunctionMode):
         self._ids = frozenset(self._names)
         self._input_only = selection.input_only
         self._own_call, self._watch, self._left_out = own_call, watch, left_out
+        self.found = False  # a use that is captured
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -136,6 +137,7 @@ class FunctionalUses(TorchFunctionMode):
                     self._left_out.setdefault(name, set()).add(_title(func))
         if not captured or not isinstance(output, Tensor):
             return output
+        self.found = True
         return self._watch(LayerUse(_STAND_INS[func](*args, **kwargs), captured, (bound["input"],), {}), output)
 
 

@@ -114,6 +114,11 @@ class Rows(GradientBlock):
         out = torch.zeros(*self.shape, dtype=kind, device=self.device)
         return out.index_add_(0, self.words, self.values.to(kind))
 
+    def summed(self) -> Rows:
+        """The sum over the samples as a block of one, which touches the words of all of them."""
+        nobody = torch.zeros_like(self.owners)
+        return Rows.from_pairs(self.words, nobody, self.values, num_samples=1, num_words=self.num_words)
+
     def inner(self, query: GradientBlock) -> Tensor:
         """Σ over shared words of the products of their rows, (Q, N)."""
         return query.against_rows(self)

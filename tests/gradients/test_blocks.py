@@ -15,7 +15,7 @@ from lightning_influence.gradients import Dense, Factored, GradientBlock, Rows, 
 from lightning_influence.gradients import blocks as blocks_room
 
 EXACT = {"rtol": 1e-10, "atol": 1e-12}
-KINDS = ("dense", "factored", "rows")
+KINDS = ("dense", "factored", "grouped", "rows")
 few = st.integers(1, 5)
 
 
@@ -30,6 +30,9 @@ def block(kind: str, samples: int, seed: int, *, height: int = 4, width: int = 3
         return Dense(normal(samples, height, width))
     if kind == "factored":
         return Factored(normal(samples, length, width), normal(samples, length, height))
+    if kind == "grouped":
+        groups = 2 if height % 2 == 0 else height
+        return Factored(normal(samples, length, groups * width), normal(samples, length, height), groups=groups)
     tokens = torch.randint(0, height, (samples, length), generator=source)
     return Rows.from_tokens(tokens, normal(samples, length, width), num_words=height)
 

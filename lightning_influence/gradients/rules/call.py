@@ -30,6 +30,8 @@ class LayerCall:
         names: the wanted local names to full names.
         outputs: the outputs themselves, for rules that run the layer again; else empty.
         autocast: the type that autocast computed in, where it was on.
+        factored: the capture wants the factors of every product with a weight (curvatures need them): return
+            ``Factored``. Otherwise a rule returns what it finds cheapest; the capture takes the smaller form of it.
     """
 
     layer: nn.Module
@@ -40,6 +42,7 @@ class LayerCall:
     names: Mapping[str, str]
     outputs: tuple[Tensor, ...] = ()
     autocast: torch.dtype | None = None
+    factored: bool = False
 
     @property
     def wanted(self) -> frozenset[str]:

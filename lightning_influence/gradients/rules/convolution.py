@@ -22,7 +22,7 @@ def convolution(call: LayerCall) -> LayerGradients:
     inputs, grads = call.widened()
     gradients: LayerGradients = {}
     if "weight" in call.wanted:
-        gradients["weight"] = _weight_gradient(layer, _padded(layer, inputs), grads)
+        gradients["weight"] = _weight_gradient(layer, _padded(layer, inputs), grads, factored=call.factored)
     if "bias" in call.wanted:
         gradients["bias"] = Dense(grads.flatten(2).sum(2))
     return gradients
@@ -53,7 +53,11 @@ def _windows(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, padded: Tensor, places: S
     return windows
 
 
-def _weight_gradient(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, padded: Tensor, grads: Tensor) -> GradientBlock:
+def _weight_gradient(
+    layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, padded: Tensor, grads: Tensor, *, factored: bool
+) -> GradientBlock:
+    """Factored where that is asked for or smaller; else Dense, a few samples at a time: the windows of all of them
+    may be many times the input."""
     n, out_channels = grads.shape[:2]
     places = grads.shape[2:]
     groups, width = layer.groups, padded.shape[1] // layer.groups
@@ -62,10 +66,12 @@ def _weight_gradient(layer: nn.Conv1d | nn.Conv2d | nn.Conv3d, padded: Tensor, g
     shape = (out_channels, width, *kernel)
     positions, window = places.numel(), width * torch.Size(kernel).numel()
     by_place = grads.flatten(2)  # (N, O, L)
+    if factored or (groups == 1 and out_channels * window > positions * (out_channels + window)):
+        windows = windows.permute([0, *range(2, 2 + d), 1, *range(2 + d, 2 + 2 * d)])  # (N, *places, C, *kernel)
+        seen = windows.reshape(n, positions, groups * window)
+        return Factored(seen, by_place.transpose(1, 2), shape, groups)
     order = [0, 1, *range(3, 3 + d), 2, *range(3 + d, 3 + 2 * d)]  # (N, G, *places, C/G, *kernel)
     windows = torch.unflatten(windows, 1, (groups, width)).permute(order)
-    if groups == 1 and out_channels * window > positions * (out_channels + window):
-        return Factored(windows.reshape(n, positions, window), by_place.transpose(1, 2), shape)
     out = torch.empty(n, groups, out_channels // groups, window, dtype=grads.dtype, device=grads.device)
     for span in spans(n, groups * positions * window):
         seen = windows[span].reshape(-1, positions, window)  # (nG, L, K)

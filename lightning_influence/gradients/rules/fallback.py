@@ -52,39 +52,7 @@ def run_again(call: LayerCall) -> LayerGradients:
         0 if isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == call.num_samples else None
         for leaf in leaves
     ]
-    return _by_sample(call, leaves, axes, lambda parts: tree_unflatten(parts, spec))
-
-
-@gradient_rule(nn.MultiheadAttention, runs_again=True)
-def multihead_attention(call: LayerCall) -> LayerGradients:
-    """The fallback, told which arguments of the attention belong to samples: a (T, S) mask never does."""
-    layer = call.layer
-    assert isinstance(layer, nn.MultiheadAttention)
-    if not layer.batch_first:
-        raise CaptureError(
-            f"{call.title} has time in its first dimension",
-            expected="batch_first=True",
-            found="batch_first=False",
-            hint=BATCH_FIRST_HINT,
-        )
-    order = ("query", "key", "value", "key_padding_mask", "need_weights", "attn_mask", "average_attn_weights")
-    bound = dict(zip((*order, "is_causal"), call.args, strict=False)) | dict(call.kwargs)
-    mask = bound.get("attn_mask")
-    per_head = False
-    if isinstance(mask, Tensor) and mask.dim() == 3:  # (B * heads, T, S)
-        per_head = True
-        bound["attn_mask"] = mask.view(call.num_samples, layer.num_heads, *mask.shape[1:])
-    names = list(bound)
-    shared = {"attn_mask"} if not per_head else set()
-    axes = [0 if isinstance(bound[name], Tensor) and name not in shared else None for name in names]
-
-    def rebuild(parts: list[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        arguments = dict(zip(names, parts, strict=True))
-        if per_head:
-            arguments["attn_mask"] = arguments["attn_mask"].flatten(0, 1)
-        return (), arguments
-
-    return _by_sample(call, list(bound.values()), axes, rebuild)
+    return by_sample(call, leaves, axes, lambda parts: tree_unflatten(parts, spec))
 
 
 @gradient_rule(nn.RNN, nn.LSTM, nn.GRU, runs_again=True)
@@ -110,10 +78,10 @@ def recurrent(call: LayerCall) -> LayerGradients:
     leaves, spec = tree_flatten((call.args, dict(call.kwargs)))
     axes = [0 if leaf is inputs else 1 if isinstance(leaf, Tensor) else None for leaf in leaves]
     out_axes = [0] + [1] * (len(call.output_grads) - 1)
-    return _by_sample(call, leaves, axes, lambda parts: tree_unflatten(parts, spec), out_axes=out_axes, loop=True)
+    return by_sample(call, leaves, axes, lambda parts: tree_unflatten(parts, spec), out_axes=out_axes, loop=True)
 
 
-def _by_sample(
+def by_sample(
     call: LayerCall,
     leaves: list[Any],
     axes: list[int | None],
@@ -123,7 +91,7 @@ def _by_sample(
     loop: bool = False,
 ) -> LayerGradients:
     """Run the layer again sample by sample and pull the output gradients back to the wanted parameters."""
-    _refuse_randomness(call)
+    refuse_randomness(call)
     layer = call.layer
     out_axes = out_axes or [0] * len(call.output_grads)
     own = dict(layer.named_parameters())
@@ -162,7 +130,7 @@ def _by_sample(
     split = [place for place, axis in enumerate(axes) if axis is not None]
     in_dims = ([axes[place] for place in split], list(out_axes))
     parts, grads = [leaves[place] for place in split], list(call.output_grads)
-    with _as_first_run(call):
+    with as_first_run(call):
         try:
             gradients, outputs = (in_turn if loop else vmap(one, in_dims=in_dims))(parts, grads)
         except Exception as first:
@@ -177,23 +145,28 @@ def _by_sample(
                     found=type(layer).__name__,
                     hint="register a rule with @gradient_rule, or leave the layer out of the selection",
                 ) from first
-    _check_repeated(call, [output.movedim(0, axis) for output, axis in zip(outputs, out_axes, strict=True)])
+    check_repeated(call, [output.movedim(0, axis) for output, axis in zip(outputs, out_axes, strict=True)])
     return {name: Dense(values) for name, values in gradients.items()}
 
 
 @contextlib.contextmanager
-def _as_first_run(call: LayerCall) -> Iterator[None]:
-    """The first run's autocast, attention that vmap can see through, and the random state left as it was."""
+def as_first_run(call: LayerCall) -> Iterator[None]:
+    """The first run's autocast, attention that vmap can see through, and the random state left as it was.
+
+    The cache of autocast is left alone: older torch would hand a weight that was cast here, without a graph, to the
+    next forward of a training that runs inside autocast as a whole.
+    """
     device = call.output_grads[0].device
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         sdpa_kernel(SDPBackend.MATH),
-        torch.autocast(device.type, dtype=call.autocast, enabled=call.autocast is not None),
+        torch.autocast(device.type, call.autocast, enabled=call.autocast is not None, cache_enabled=False),
     ):
         yield
 
 
-def _refuse_randomness(call: LayerCall) -> None:
+def refuse_randomness(call: LayerCall) -> None:
+    """CaptureError if the layer, in the mode it is in, would not do the same a second time."""
     for name, module in call.layer.named_modules():
         if not module.training:
             continue
@@ -214,7 +187,8 @@ def _refuse_randomness(call: LayerCall) -> None:
             )
 
 
-def _check_repeated(call: LayerCall, outputs: list[Tensor]) -> None:
+def check_repeated(call: LayerCall, outputs: list[Tensor]) -> None:
+    """CaptureError unless the second run's outputs are the first run's."""
     for first, second in zip(call.outputs, outputs, strict=True):
         narrow = first.dtype if call.autocast is None else call.autocast
         tolerance = {torch.float64: 1e-8, torch.float32: 1e-3}.get(narrow, 5e-2)
@@ -223,7 +197,7 @@ def _check_repeated(call: LayerCall, outputs: list[Tensor]) -> None:
         ):
             continue
         raise CaptureError(
-            f"{call.title} gave another output when it was run again one sample at a time",
+            f"{call.title} gave another output when it was run again",
             expected=f"the same output of shape {tuple(first.shape)}",
             found=f"one of shape {tuple(second.shape)}" if first.shape != second.shape else "other values",
             hint="its samples depend on one another, on randomness, on state, or an argument shared by all samples "

@@ -23,7 +23,7 @@ def linear(call: LayerCall) -> LayerGradients:
     inputs, grads = _factors(call)
     gradients: LayerGradients = {}
     if "weight" in call.wanted:
-        gradients["weight"] = Factored(inputs, grads).compact()
+        gradients["weight"] = Factored(inputs, grads)
     if "bias" in call.wanted:
         gradients["bias"] = Dense(grads.sum(1))
     return gradients
@@ -35,7 +35,7 @@ def transposed_linear(call: LayerCall) -> LayerGradients:
     inputs, grads = _factors(call)
     gradients: LayerGradients = {}
     if "weight" in call.wanted:
-        gradients["weight"] = Factored(inputs=grads, output_grads=inputs).compact()
+        gradients["weight"] = Factored(inputs=grads, output_grads=inputs)
     if "bias" in call.wanted:
         gradients["bias"] = Dense(grads.sum(1))
     return gradients
