@@ -8,6 +8,7 @@ losses, margins and probabilities, and the measurements of a query. A LightningM
 
 from __future__ import annotations
 
+from lightning_influence.objective.labels import Labels, label_objectives
 from lightning_influence.objective.loss_call import LossCall, LossWatch
 from lightning_influence.objective.measurement import Measurement, MeasurementName, query_objective
 from lightning_influence.objective.training import (
@@ -20,6 +21,7 @@ from lightning_influence.objective.training import (
 )
 
 __all__ = [
+    "Labels",
     "LossCall",
     "LossWatch",
     "Measurement",
@@ -28,6 +30,7 @@ __all__ = [
     "PerSample",
     "Reduction",
     "batch_scale",
+    "label_objectives",
     "query_objective",
     "step_objective",
     "training_objective",

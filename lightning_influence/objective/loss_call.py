@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,6 +74,10 @@ class LossCall:
         """The loss before its reduction, one entry per target entry; differentiable."""
         wide = {k: _widened(v, self._dtype) for k, v in self.arguments.items()}
         return _FUNCTIONS[self.name](**{**wide, "reduction": "none"})
+
+    def with_input(self, z: Tensor) -> LossCall:
+        """The same call with other predictions."""
+        return replace(self, arguments={**self.arguments, "input": z})
 
     def mass(self, num_samples: int) -> Tensor:
         """Share of every sample in the denominator of the mean, (N,): its entries without padding, weights in."""

@@ -72,7 +72,7 @@ def query_objective(
 
 def _of(values: object, num_samples: int, name: str) -> Objective:
     checked = check_per_sample(values, num_samples, name)
-    return Objective(checked.sum(), torch.ones_like(checked))
+    return Objective(checked.sum(), torch.ones_like(checked), losses=checked)
 
 
 def _classifier(calls: list[LossCall], num_samples: int, measurement: str) -> tuple[Tensor, Tensor]:

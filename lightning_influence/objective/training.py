@@ -36,6 +36,46 @@ class Objective:
     losses: Tensor | None = None
     weighted: bool = False
 
+    @property
+    def is_one_call(self) -> bool:
+        """Whether the losses of the samples are what the watched call says, and nothing besides (no penalty)."""
+        call = self.call
+        if call is None or not len(self.scale):
+            return False
+        if not bool((self.scale > 0).any()):
+            return True  # a batch of padding: its loss is 0/0
+        told = call.losses(len(self.scale)).detach()
+        total = self.total.detach() if self.losses is None else self.losses.detach()
+        if self.losses is None:
+            told = torch.where(self.scale > 0, told / self.scale.to(told), 0.0).sum()
+        eps = max(torch.finfo(call.input.dtype).eps, torch.finfo(total.dtype).eps)
+        return torch.allclose(told, total.to(told), rtol=eps**0.5, atol=64 * eps, equal_nan=True)
+
+    def each(self) -> Tensor:
+        """The value of every sample alone, (N,); differentiable.
+
+        Raises:
+            LossError: they cannot be told apart.
+        """
+        if self.losses is not None:
+            return self.losses
+        if len(self.scale) == 1:
+            return (self.total * self.scale[0]).reshape(1)
+        if self.call is None or not self.is_one_call:
+            raise LossError(
+                "the losses of the samples of a batch cannot be told apart",
+                expected="a loss that is one call of a function such as cross_entropy, and nothing besides",
+                found="a loss of several parts, or none that is known",
+                hint="define `per_sample_loss(batch) -> (N,)` on the module",
+            )
+        return self.call.losses(len(self.scale))
+
+    def summed(self) -> Tensor:
+        """Sum of the values of the samples, each alone; differentiable."""
+        if self.losses is None and bool((self.scale == self.scale[:1]).all()):
+            return self.total * self.scale[0]
+        return self.each().sum()
+
     def dynamics(self) -> dict[str, Tensor]:
         """Training-dynamics record of the batch: `loss` (N,), and for classifiers `margin` and `probability` (N,).
 
