@@ -163,3 +163,208 @@ def synonym_pairs(
         if all(w != a and v != b for a, b in pairs):
             pairs.append((w, v))
     return pairs
+
+
+# Curvature by its formulas: one plain backward for every label of every sample, matrices over parameters end to end.
+
+Terms = Callable[
+    [Any, Any], Iterable[tuple[float, Tensor]]
+]  # (module, batch of one) -> weights and losses of its labels
+
+
+def label_gradients(
+    module: nn.Module, terms: Terms, samples: Sequence[Any], names: Sequence[str]
+) -> list[list[tuple[float, Tensor]]]:
+    """For every sample and every label its weight and its gradient (P,)."""
+    copied = copy.deepcopy(module).double()
+    wanted = [dict(copied.named_parameters())[name].requires_grad_() for name in names]
+    found = []
+    for sample in samples:
+        rows = []
+        for weight, loss in terms(copied, doubled(sample)):
+            gradients = torch.autograd.grad(loss, wanted, retain_graph=True, allow_unused=True)
+            parts = [torch.zeros_like(p) if g is None else g for p, g in zip(wanted, gradients, strict=True)]
+            rows.append((float(weight), torch.cat([part.detach().flatten() for part in parts])))
+        found.append(rows)
+    return found
+
+
+def fisher(module: nn.Module, terms: Terms, samples: Sequence[Any], names: Sequence[str]) -> Tensor:
+    """sum over the labels of w g gᵀ for every sample, (N, P, P)."""
+    found = label_gradients(module, terms, samples, names)
+    return torch.stack([sum((w * torch.outer(g, g) for w, g in rows), torch.zeros(())) for rows in found])
+
+
+def gauss_newton(
+    module: nn.Module,
+    predictions: Callable[[nn.Module, Any], Tensor],
+    loss: Callable[[Tensor, Any], Tensor],
+    samples: Sequence[Any],
+    names: Sequence[str],
+) -> Tensor:
+    """Jᵀ H_z J of the loss of every sample alone, (N, P, P), by torch.autograd.functional."""
+    copied = copy.deepcopy(module).double()
+    start = tuple(dict(copied.named_parameters())[name].detach().clone() for name in names)
+    matrices = []
+    for sample in map(doubled, samples):
+
+        def z(*values: Tensor, sample: Any = sample) -> Tensor:
+            inner = _Predictions(copied, predictions)
+            swapped = {f"module.{name}": value for name, value in zip(names, values, strict=True)}
+            return torch.func.functional_call(inner, swapped, (sample,))
+
+        def of_z(value: Tensor, sample: Any = sample) -> Tensor:
+            return loss(value, sample)
+
+        here = z(*start).detach()
+        jacobian = torch.cat([j.reshape(here.numel(), -1) for j in torch.autograd.functional.jacobian(z, start)], dim=1)
+        curvature = torch.autograd.functional.hessian(of_z, here).reshape(here.numel(), -1)
+        matrices.append(jacobian.T @ curvature @ jacobian)
+    return torch.stack(matrices)
+
+
+class _Predictions(nn.Module):
+    """A module whose forward is a function of another module."""
+
+    def __init__(self, module: nn.Module, function: Callable[[nn.Module, Any], Tensor]) -> None:
+        super().__init__()
+        self.module, self.function = module, function
+
+    def forward(self, sample: Any) -> Tensor:
+        return self.function(self.module, sample)
+
+
+def kronecker_factors(
+    module: nn.Module, layers: Sequence[str], terms: Terms, samples: Sequence[Any], *, bias: bool
+) -> tuple[Tensor, Tensor]:
+    """A = mean of a aᵀ over the positions that have a gradient under some label, (G, I, I), with 1 appended to a for a
+    bias; G = (1/N) Σ over samples, labels and positions of w g gᵀ, (G, O, O).
+
+    Args:
+        layers: names of the layers that use the weight; the positions of all their calls count.
+    """
+    copied = copy.deepcopy(module).double()
+    calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+    handles = [
+        copied.get_submodule(layer).register_forward_hook(lambda m, args, out: calls.append((m, args[0], out)))
+        for layer in layers
+    ]
+    inputs: Any = 0.0
+    outputs: Any = 0.0
+    count = 0
+    for sample in map(doubled, samples):
+        calls.clear()
+        seen, reached = [], []
+        for weight, loss in terms(copied, sample):
+            here = []
+            for layer, _, out in calls:
+                (gradient,) = torch.autograd.grad(loss, out, retain_graph=True)
+                here.append(_output_positions(layer, gradient.detach()))
+            g = torch.cat(here, 1)  # (G, T, O)
+            outputs = outputs + float(weight) * g.transpose(1, 2) @ g
+            reached.append((g != 0).any(2))
+        for layer, x, _ in calls:
+            a = _input_positions(layer, x.detach())
+            seen.append(torch.cat([a, torch.ones(*a.shape[:2], 1)], 2) if bias else a)
+        a = torch.cat(seen, 1) * torch.stack(reached).any(0).unsqueeze(2)
+        inputs = inputs + a.transpose(1, 2) @ a
+        count = count + torch.stack(reached).any(0).sum(1).view(-1, 1, 1)
+    for handle in handles:
+        handle.remove()
+    return inputs / count, outputs / len(samples)
+
+
+def _input_positions(layer: nn.Module, x: Tensor) -> Tensor:
+    """What the weight multiplies at each position of a batch of one, (G, T, I)."""
+    if isinstance(layer, nn.Conv2d):
+        windows = nn.functional.unfold(x, layer.kernel_size, layer.dilation, layer.padding, layer.stride)  # (1, CK, L)
+        return torch.stack(windows[0].T.chunk(layer.groups, 1))
+    return x.reshape(1, -1, x.shape[-1])
+
+
+def _output_positions(layer: nn.Module, g: Tensor) -> Tensor:
+    if isinstance(layer, nn.Conv2d):
+        return torch.stack(g[0].flatten(1).T.chunk(layer.groups, 1))
+    return g.reshape(1, -1, g.shape[-1])
+
+
+def kronecker_matrix(
+    a: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    gradients: Sequence[Sequence[tuple[float, Tensor]]] | None = None,
+    *,
+    transposed: bool = False,
+) -> Tensor:
+    """K-FAC's A ⊗ G of one weight (and its bias after it, if A is that much larger), (P, P); with the gradients of
+    `label_gradients` EK-FAC's, whose eigenvalues are (1/N) Σ w (Q_Gᵀ ∇W Q_A)².
+
+    Args:
+        transposed: the weight is kept as (inputs, outputs).
+    """
+    groups, outputs, inputs = len(a), g.shape[1], a.shape[1]
+    places = torch.arange(weight.numel()).view(weight.shape)
+    places = (places.T if transposed else places).reshape(groups, outputs, -1)
+    if inputs > places.shape[2]:
+        places = torch.cat([places, weight.numel() + torch.arange(groups * outputs).view(groups, outputs, 1)], 2)
+    whole = torch.zeros(places.numel(), places.numel(), dtype=torch.float64)
+    for k in range(groups):
+        of_a, q_a = torch.linalg.eigh(a[k])
+        of_g, q_g = torch.linalg.eigh(g[k])
+        eigenvalues = torch.outer(of_g, of_a)
+        if gradients is not None:
+            eigenvalues = torch.zeros(outputs, inputs, dtype=torch.float64)
+            for rows in gradients:
+                for w, gradient in rows:
+                    eigenvalues += w * (q_g.T @ gradient[places[k]] @ q_a) ** 2 / len(gradients)
+        basis = torch.kron(q_g, q_a)  # rows by (o, i)
+        at = places[k].flatten()
+        whole[at[:, None], at] = (basis * eigenvalues.flatten()) @ basis.T
+    return whole
+
+
+def look_up_matrix(
+    rows: Sequence[Sequence[tuple[float, Tensor]]], words: int, width: int, *, corrected: bool
+) -> Tensor:
+    """The same for an embedding (V, D): A the frequencies of words among samples, as far as a gradient reaches them; a
+    word's places in a sample are one position, with their gradients summed. (VD, VD)."""
+    counts, g = torch.zeros(words, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+    for labels in rows:
+        tables = [gradient.view(words, width) for _, gradient in labels]
+        counts += torch.stack([(table != 0).any(1) for table in tables]).any(0)
+        for (w, _), table in zip(labels, tables, strict=True):
+            g += w * table.T @ table / len(rows)
+    of_g, q_g = torch.linalg.eigh(g)
+    eigenvalues = torch.outer(counts / counts.sum(), of_g)
+    if corrected:
+        squares = [w * (gradient.view(words, width) @ q_g) ** 2 for labels in rows for w, gradient in labels]
+        eigenvalues = torch.stack(squares).sum(0) / len(rows)
+    return torch.block_diag(*[(q_g * values) @ q_g.T for values in eigenvalues])
+
+
+def influence(query: Tensor, train: Tensor, curvature: Tensor, damping: float) -> Tensor:
+    """gᵀ (H + λI)⁻¹ g for every query (Q, P) and sample (N, P)."""
+    damped = curvature + damping * torch.eye(len(curvature), dtype=torch.float64)
+    return query @ torch.linalg.solve(damped, train.T)
+
+
+def logistic_regression(
+    x: Tensor, y: Tensor, decay: float, weights: Tensor | None = None, classes: int = 3, start: Tensor | None = None
+) -> Tensor:
+    """argmin of (1/N) Σ w_n ℓ_n + decay/2 |θ|² by Newton's method, θ (C, I + 1) with the biases last; leaving a sample
+    out keeps the 1/N."""
+    n = len(x)
+    a = torch.cat([x, torch.ones(n, 1)], 1)
+    weights = torch.ones(n) if weights is None else weights
+    theta = torch.zeros(classes, a.shape[1], dtype=torch.float64) if start is None else start.clone()
+    for _ in range(100):
+        p = (a @ theta.T).softmax(1)
+        error = (p - nn.functional.one_hot(y, classes)) * weights[:, None]
+        gradient = (error.T @ a / n + decay * theta).flatten()
+        if float(gradient.norm()) < 1e-13:
+            return theta
+        blocks = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
+        hessian = torch.einsum("n,noq,ni,nj->oiqj", weights.double(), blocks, a, a).reshape(2 * [theta.numel()]) / n
+        hessian += decay * torch.eye(len(hessian), dtype=torch.float64)
+        theta = theta - torch.linalg.solve(hessian, gradient).view_as(theta)
+    raise AssertionError("Newton's method did not converge")

@@ -1,0 +1,58 @@
+"""Curvature at trained weights: how it is estimated from a training set, multiplied with vectors, inverted and kept."""
+
+from lightning_influence.curvature.block_diagonal import BlockDiagonal, CurvatureBlock
+from lightning_influence.curvature.curvature import Accumulator, Curvature, CurvatureStatistics, Evidence, OnePass
+from lightning_influence.curvature.damping import Absolute, Damping, Relative, as_damping
+from lightning_influence.curvature.data_inf import DataInf, DataInfCurvature
+from lightning_influence.curvature.dense import Dense
+from lightning_influence.curvature.diagonal import Diagonal
+from lightning_influence.curvature.evidence import Stationarity, TrainingEvidence
+from lightning_influence.curvature.kronecker import EKFAC, KFAC
+from lightning_influence.curvature.low_rank import LowRank, LowRankCurvature
+from lightning_influence.curvature.matrix_free import MatrixFree, MatrixFreeCurvature
+from lightning_influence.curvature.operators import LossOperator
+from lightning_influence.curvature.projected import ProjectedCurvature, ProjectedGram
+from lightning_influence.curvature.recording import (
+    RecordedCurvature,
+    recorded_curvature,
+    statistics_of,
+    weight_decay,
+    write_curvature,
+)
+from lightning_influence.curvature.stored import StoredEvidence, stored_projection
+
+__all__ = [
+    "EKFAC",
+    "KFAC",
+    "Absolute",
+    "Accumulator",
+    "BlockDiagonal",
+    "Curvature",
+    "CurvatureBlock",
+    "CurvatureStatistics",
+    "Damping",
+    "DataInf",
+    "DataInfCurvature",
+    "Dense",
+    "Diagonal",
+    "Evidence",
+    "LossOperator",
+    "LowRank",
+    "LowRankCurvature",
+    "MatrixFree",
+    "MatrixFreeCurvature",
+    "OnePass",
+    "ProjectedCurvature",
+    "ProjectedGram",
+    "RecordedCurvature",
+    "Relative",
+    "Stationarity",
+    "StoredEvidence",
+    "TrainingEvidence",
+    "as_damping",
+    "recorded_curvature",
+    "statistics_of",
+    "stored_projection",
+    "weight_decay",
+    "write_curvature",
+]
