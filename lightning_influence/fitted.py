@@ -1,15 +1,18 @@
-"""What a query must have in common with the fit that wrote the store: the model and, where it is read, the dataset."""
+"""What a query must have in common with the fit that wrote the store: the model, its weights and, where it is read, the
+dataset."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from torch import Tensor
 
-from lightning_influence.artifacts import ArtifactStore
+from lightning_influence.artifacts import ArtifactStore, Checkpoint
 from lightning_influence.errors import QueryError, StoreError
 from lightning_influence.replay import TrainingData
 
@@ -56,6 +59,46 @@ def _taken(kind: type[LightningModule], saved: Mapping[str, Any]) -> dict[str, A
     if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):
         return dict(saved)
     return {name: value for name, value in saved.items() if name in takes}
+
+
+@contextmanager
+def weights_at(module: LightningModule, store: ArtifactStore, checkpoint: Checkpoint) -> Iterator[None]:
+    """The module has the weights of a checkpoint; its own are put back on the way out, after an exception too.
+
+    Raises:
+        StoreError: the weights do not fit the module.
+    """
+    with torch.inference_mode(False):
+        state = module.state_dict()
+        own = {name: value.detach().clone() for name, value in state.items() if isinstance(value, Tensor)}
+        try:
+            load_weights(module, store.weights(checkpoint), own, store)
+            yield
+        finally:
+            module.load_state_dict(own, strict=False)
+
+
+def load_weights(
+    module: LightningModule, weights: dict[str, Tensor], own: Collection[str], store: ArtifactStore
+) -> None:
+    """Put the weights of a checkpoint into a module whose tensors have the names `own`.
+
+    Raises:
+        StoreError: they do not fit.
+    """
+    try:
+        result = module.load_state_dict(weights, strict=False)
+        wrong = [name for name in result.missing_keys if name in own] + list(result.unexpected_keys)
+        problem = f"a difference in {', '.join(wrong[:5])}" if wrong else None
+    except RuntimeError as error:  # shapes that differ
+        problem = str(error)
+    if problem is not None:
+        raise StoreError(
+            f"the weights in {store.root} do not fit the module",
+            expected="the parameters and buffers of the module that was fitted",
+            found=problem,
+            hint=f"pass the module that was fitted ({store.manifest.module_class}), with its hyper-parameters",
+        )
 
 
 def check_model(module: LightningModule, store: ArtifactStore) -> None:

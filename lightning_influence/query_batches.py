@@ -100,8 +100,12 @@ def _length(loader: Any) -> int | None:
         return None
 
 
-def refuse_idle_ranks(trainer: Trainer) -> None:
-    """QueryError if a loader has fewer queries than there are processes to share them."""
+def refuse_idle_ranks(trainer: Trainer, what: str = "queries") -> None:
+    """QueryError if a loader has fewer queries than there are processes to share them.
+
+    Args:
+        what: of which the loader has some: queries, or training samples.
+    """
     world = trainer.world_size
     if world == 1 or not trainer._accelerator_connector.use_distributed_sampler:
         return
@@ -110,8 +114,8 @@ def refuse_idle_ranks(trainer: Trainer) -> None:
         count = _length(loader) if isinstance(loader, DataLoader) else None
         if count is not None and count < world:
             raise QueryError(
-                "there are fewer queries than processes",
-                expected=f"at least {world} queries",
-                found=f"{count} queries",
+                f"there are fewer {what} than processes",
+                expected=f"at least {world} {what}",
+                found=f"{count} {what}",
                 hint=f"use Trainer(devices={max(1, count)}) or fewer",
             )

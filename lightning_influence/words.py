@@ -64,6 +64,13 @@ def word_contributions(
     """
     k = sample_ids.shape[1]
     found: list[dict[Meeting, float]] = [defaultdict(float) for _ in range(sample_ids.numel())]
+    if stage.projection is not None:
+        raise QueryError(
+            "the gradients of this store have no words",
+            expected="word-embedding gradients as they were captured",
+            found=f"gradients projected by {stage.projection} in {stage.store.root}",
+            hint="fit with GradientSnapshot(store, 'word_embeddings') and no projection, and ask with TracInWE",
+        )
     flat, length = sample_ids.flatten(), stage.store.manifest.dataset_length
     unknown = (flat < 0) | (flat >= length)
     streamed = length >= UNBOUNDED  # then only those that were seen are known
@@ -187,3 +194,20 @@ def spelled(tokens: Sequence[int], decode: Decode) -> str:
     """A word as text, without the marks of its pieces."""
     pieces = [decode(token) for token in tokens]
     return "".join(piece.removeprefix(_CONTINUES).lstrip("".join(_BEGINS)) for piece in pieces) or "".join(pieces)
+
+
+def table_of_ids(sample_ids: Tensor | Sequence[Sequence[int]], num_queries: int) -> Tensor:
+    """(Q, k) int64 on the CPU."""
+    try:
+        ids = torch.as_tensor(sample_ids).cpu()
+        found = f"shape {tuple(ids.shape)} and {ids.dtype}"
+    except (TypeError, ValueError, RuntimeError) as error:  # rows of different lengths, text
+        ids, found = torch.zeros(0), f"{type(error).__name__}: {error}"
+    if ids.ndim != 2 or len(ids) != num_queries or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise QueryError(
+            "sample_ids must name some samples for each query",
+            expected=f"integers of shape ({num_queries}, k)",
+            found=found,
+            hint="pass attribution.proponents.sample_ids of the same batch",
+        )
+    return ids.long()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_influence.artifacts import ArtifactStore, Checkpoint, Manifest, ParameterGroup
-from lightning_influence.gradients import GradientCapture, Gradients, cat, pack, select
+from lightning_influence.gradients import GradientCapture, Gradients, Projection, cat, pack, select
 from lightning_influence.objective import training_objective
 from lightning_influence.replay import isolated, sample_gradients
 from lightning_influence.samples import fingerprint
@@ -115,7 +115,13 @@ def group(parameters: Sequence[str], rate: float, index: int = 0, optimizer: str
 
 
 def manifest_of(
-    module: LightningModule, dataset: Any, parameters: str | Sequence[str], mode: str, shard_size: int, dtype: str
+    module: LightningModule,
+    dataset: Any,
+    parameters: str | Sequence[str],
+    mode: str,
+    shard_size: int,
+    dtype: str,
+    projection: Projection | None = None,
 ) -> Manifest:
     selection = select(module, parameters)
     return Manifest(
@@ -128,7 +134,11 @@ def manifest_of(
         dtype=dtype,
         module_class="tests.stores.Classifier",
         hyper_parameters=dict(module.hparams),
-        settings={"reduction": "mean", "look_ups": sorted(selection.input_only)},
+        settings={
+            "reduction": "mean",
+            "look_ups": sorted(selection.input_only),
+            **({} if projection is None else {"projection": projection.record()}),
+        },
     )
 
 
@@ -157,10 +167,12 @@ def replay_store(
     dtype: torch.dtype = torch.float64,
     denominators: Sequence[Mapping[str, Tensor]] | None = None,
     batch: Callable[[Any, Sequence[int]], Any] = batch_of,
+    projection: Projection | None = None,
 ) -> ArtifactStore:
     """A store with a checkpoint for each of the states; `groups(c)` are the parameter groups of checkpoint c."""
     name = str(dtype).removeprefix("torch.")
-    store = ArtifactStore.create(root, manifest_of(module, dataset, parameters, "replay", shard_size, name))
+    manifest = manifest_of(module, dataset, parameters, "replay", shard_size, name, projection)
+    store = ArtifactStore.create(root, manifest)
     for c, state in enumerate(states):
         step = 10 * (c + 1)
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
@@ -170,6 +182,7 @@ def replay_store(
         for start in range(0, len(dataset), shard_size):
             span = range(start, min(start + shard_size, len(dataset)))
             found = gradients_at(module, state, batch(dataset, span), len(span), parameters)
+            found = found if projection is None else projection.apply(found)
             small = {name: block.to(dtype=dtype) for name, block in found.items()}
             files.append(store.write_gradients(step, step, (span.start, span.stop), pack(small)))
         store.commit_checkpoint(Checkpoint(step, c, step, tuple(groups(c))), files)

@@ -59,6 +59,10 @@ class StoreReader:
         """
         return self._file(self._one(checkpoint, "optimizer").path).read()
 
+    def curvature(self, artifact: Artifact) -> dict[str, Tensor]:
+        """The tensors of a curvature file, one of `artifacts("curvature")`."""
+        return self._file(artifact.path).read()
+
     def dynamics(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """Loss, margin and true-class probability of every sample, each (N,), NaN where not recorded."""
         joined: dict[str, Tensor] = {}
@@ -117,14 +121,14 @@ class StoreReader:
         """Bytes that may still be written on the store's disk."""
         return free_bytes(self.root)
 
-    def require_free(self, needed: int) -> None:
-        """StoreError if fewer than ``needed`` bytes may still be written."""
+    def require_free(self, needed: int, what: str = "the gradients", less: str = "top_words, a 16-bit dtype") -> None:
+        """StoreError if fewer than ``needed`` bytes may still be written; ``less``: what would need fewer."""
         if self.free_bytes() < needed:
             raise StoreError(
-                f"too little space for the gradients at {self.root}",
+                f"too little space for {what} at {self.root}",
                 expected=f"{needed:,} bytes free",
                 found=f"{self.free_bytes():,} bytes free",
-                hint="free some space, choose another folder, or store less (top_words, a 16-bit dtype)",
+                hint=f"free some space, choose another folder, or store less ({less})",
             )
 
     def _ledger(self) -> Ledger:

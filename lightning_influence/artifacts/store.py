@@ -4,6 +4,7 @@
     manifest-rank00000.jsonl                            the commits of one rank, a line each
     checkpoints/step=00000120/weights.safetensors       trained tensors and buffers
     checkpoints/step=00000120/optimizer.safetensors     √v̂+ε of Adam-like optimizers
+    checkpoints/step=00000120/curvature-ekfac.safetensors   curvature at these weights
     checkpoints/step=00000120/gradients-00000.safetensors   replayed gradients, a shard of dataset positions
     frozen/<16 hex>.safetensors                         frozen tensors, once for all checkpoints
     in_flight/rank00000/chunk-00000024.safetensors      gradients captured while training
@@ -198,6 +199,13 @@ class ArtifactStore(StoreReader):
         """Write √v̂+ε by parameter name."""
         path = f"{checkpoint_folder(step)}/optimizer.safetensors"
         return self.write("optimizer", path, tensors, step=step, mark=mark)
+
+    def write_curvature(
+        self, at: Checkpoint, name: str, tensors: Mapping[str, Tensor], meta: Mapping[str, Json]
+    ) -> Artifact:
+        """Write a curvature of the weights of a checkpoint."""
+        path = f"{checkpoint_folder(at.step)}/curvature-{name}.safetensors"
+        return self.write("curvature", path, tensors, step=at.step, mark=at.mark, meta=meta)
 
     def write_gradients(
         self,

@@ -46,7 +46,8 @@ def to_device(batch: Any, module: LightningModule, trainer: Trainer | None) -> A
         batch = module.transfer_batch_to_device(module.on_before_batch_transfer(batch, 0), module.device, 0)
         return module.on_after_batch_transfer(batch, 0)
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    runs = trainer.lightning_module or module  # may be a wrapper of the module, to which the Trainer brings the data
+    batch = runs._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
 
 

@@ -112,8 +112,12 @@ class TrainingData:
             raise found
         return found
 
-    def batches(self, positions: Sequence[Sequence[int]]) -> Iterator[Any]:
+    def batches(self, positions: Sequence[Sequence[int]]) -> Generator[Any, None, None]:
         """Collated batches of the samples at the given positions, one list of positions each."""
+        if self.num_workers == 0 and type(self.dataset) is TensorDataset and self.collate is default_collate:
+            for chosen in positions:  # what collating the samples one by one would give, in one step
+                yield [tensor[torch.as_tensor(chosen)] for tensor in self.dataset.tensors]
+            return
         yield from self._fetch(self.collate, batch_sampler=[list(p) for p in positions])
 
     def alone(self, positions: Sequence[int], singles: Sequence[int]) -> tuple[int, Any, dict[int, Any]]:

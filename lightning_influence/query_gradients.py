@@ -1,0 +1,136 @@
+"""Gradients of queries: those of a measurement, for each query alone, at the weights of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from lightning_influence.artifacts import Checkpoint
+from lightning_influence.errors import QueryError
+from lightning_influence.estimators.estimator import Queries, Stage
+from lightning_influence.estimators.tracin import look_ups
+from lightning_influence.fitted import check_model
+from lightning_influence.gradients import GradientBlock, GradientCapture, Gradients, Selection, cat, select
+from lightning_influence.objective import Measurement, Objective, query_objective
+from lightning_influence.query_batches import Carried, laid_aside, num_queries
+from lightning_influence.replay import isolated, sample_gradients, to_device
+
+_UNLABELLED = (KeyError, IndexError, AttributeError, TypeError, ValueError)  # what a training_step raises then
+
+
+@dataclass(frozen=True)
+class QueryGradients:
+    """Where query gradients come from.
+
+    Attributes:
+        stage: a store and its module.
+        measurement: see `objective.query_objective`.
+    """
+
+    stage: Stage
+    measurement: Measurement | None
+
+    def of(self, batches: Sequence[Any], sizes: Sequence[int] | None, trainer: Trainer | None) -> Queries:
+        """Queries of one call; batches without sizes come from outside a Trainer and are moved first."""
+        module = self._module
+        check_model(module, self.stage.store)
+        if sizes is None:
+            sizes, trainer = [num_queries(batch) for batch in batches], None
+            batches = [laid_aside(to_device(batch, module, None)) for batch in batches]
+        placed = Carried(batches, module)
+        return Queries(placed, sizes, lambda at, names: self._at(at, names, placed, sizes, trainer))
+
+    def together(self, batches: Sequence[Any]) -> Queries:
+        """All queries of some batches as one: its gradient is the sum of theirs, held for one batch at a time.
+
+        Raises:
+            QueryError: there are none.
+        """
+        if not batches:
+            raise QueryError("there are no queries", expected="one batch or more", found=0, hint="look at the loader")
+        each = [self.of([batch], None, None) for batch in batches]
+
+        def summed(at: Checkpoint, names: Collection[str]) -> Gradients:
+            total: dict[str, GradientBlock] = {}
+            for queries in each:
+                for name, block in queries.gradients_at(at, names).items():
+                    total[name] = total[name].plus(block.summed()) if name in total else block.summed()
+            return total
+
+        return Queries([batch for queries in each for batch in queries.batches], [1], summed)
+
+    def measured(self, module: LightningModule, batches: Sequence[Any]) -> Tensor:
+        """The measurement of each query, (Q,), at the weights that a module has now."""
+        found = []
+        with isolated(module) as manual_losses, torch.no_grad():
+            options = self._loss_options(manual_losses)
+            for batch in batches:
+                placed = to_device(batch, module, None)
+                with torch.enable_grad():
+                    found.append(self._objective(module, placed, num_queries(batch), options).each().detach())
+        return torch.cat(found)
+
+    def selection(self, names: Collection[str]) -> Selection:
+        """The parameters as the fit selected them: of tied embeddings it may have taken the look-ups alone."""
+        alone = [name for name in look_ups(self.stage.store) if name in names]
+        whole = [name for name in names if name not in alone]
+        return select(self._module, ["word_embeddings", *whole] if alone else whole)
+
+    def _at(
+        self,
+        at: Checkpoint,
+        names: Collection[str],
+        batches: Sequence[Any],
+        sizes: Sequence[int],
+        trainer: Trainer | None,
+    ) -> Gradients:
+        """Per-query gradients of the measurement at the weights of a checkpoint."""
+        capture, parts = GradientCapture(self.selection(names)), []
+        hidden = trainer is not None and not trainer.is_global_zero
+        bar = tqdm(total=sum(sizes), desc="query gradients", unit="query", delay=2.0, leave=False, disable=hidden)
+        with self.stage.at(at) as module, isolated(module, trainer) as manual_losses, bar:
+            options = self._loss_options(manual_losses)
+            for batch, size in zip(batches, sizes, strict=True):
+
+                def objective(batch: Any = batch, size: int = size) -> Any:
+                    return self._objective(module, batch, size, options)
+
+                parts.append(sample_gradients(module, capture, size, objective, trainer)[0])
+                bar.update(size)
+        return cat(parts)
+
+    def _objective(self, module: LightningModule, batch: Any, size: int, options: dict[str, Any]) -> Objective:
+        own = callable(self.measurement) or self.measurement == "predicted_class"
+        own = own or (self.measurement is None and callable(getattr(module, "measurement", None)))
+        try:
+            return query_objective(module, batch, size, self.measurement, **options)
+        except _UNLABELLED as error:
+            if own:
+                raise
+            raise QueryError(
+                f"the training_step of {type(module).__name__} failed on a query: {type(error).__name__}: {error}",
+                expected="queries as the training loader brings them, with their labels",
+                found=f"a batch of {size} queries, of type {type(batch).__name__}",
+                hint="for queries without labels ask with InfluenceModule(..., measurement='predicted_class'), or give "
+                "measurement=(module, batch) -> (N,)",
+            ) from error
+
+    def _loss_options(self, manual_losses: list[Tensor]) -> dict[str, Any]:
+        if self.measurement not in (None, "loss"):
+            return {}
+        return {
+            "per_sample_loss": self.stage.per_sample_loss,
+            "reduction": self.stage.reduction,
+            "manual_losses": manual_losses,
+        }
+
+    @property
+    def _module(self) -> LightningModule:
+        assert self.stage.module is not None
+        return self.stage.module
