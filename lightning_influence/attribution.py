@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,18 @@ from torch import Tensor
 from lightning_influence.artifacts import UNBOUNDED, StepRange
 from lightning_influence.artifacts.tensor_files import write_tensors
 from lightning_influence.errors import QueryError, StoreError
-from lightning_influence.estimators.estimator import Attributor, Estimator, Queries, Stage, by_span, train_side
+from lightning_influence.estimators.estimator import (
+    Attributor,
+    Estimator,
+    Queries,
+    Stage,
+    Term,
+    by_span,
+    own_side,
+    train_side,
+)
+from lightning_influence.gradients import Gradients, Projection
+from lightning_influence.gradients.blocks import spans
 
 _NOBODY = torch.iinfo(torch.int64).max
 
@@ -179,6 +191,16 @@ class TopK:
         kept = _first_k(scores, self._k, self._largest)  # (q, min(k, n))
         values, ids = scores.gather(1, kept).cpu(), sample_ids[kept.cpu()]
         refuse_not_finite(values)
+        self._take(queries, ids, values)
+
+    def merge(self, other: TopK) -> None:
+        """Take in what another process has kept for the same queries; a sample that both have seen counts once."""
+        known = (other._ids[:, :, None] == self._ids[:, None, :]).any(2)
+        worst = float("-inf" if self._largest else "inf")
+        self._take(slice(None), other._ids.masked_fill(known, _NOBODY), other._scores.masked_fill(known, worst))
+
+    def _take(self, queries: slice, ids: Tensor, values: Tensor) -> None:
+        """Candidates (q, m) beside those that are kept; the first k stay."""
         kind = torch.promote_types(self._scores.dtype, values.dtype)
         self._scores, values = self._scores.to(kind), values.to(kind)
         both = torch.cat([self._scores[queries], values], 1)
@@ -188,17 +210,21 @@ class TopK:
         order = order[:, : self._k]
         self._scores[queries], self._ids[queries] = both.gather(1, order), names.gather(1, order)
 
+    @property
+    def found(self) -> int:
+        """Number of samples that were seen, at most k."""
+        return int((self._ids != _NOBODY).sum(1).min()) if len(self._ids) else self._k
+
     def ranking(self) -> Ranking:
         """The best so far, best first.
 
         Raises:
             QueryError: fewer than k samples were seen.
         """
-        found = int((self._ids != _NOBODY).sum(1).min()) if len(self._ids) else self._k
-        if found < self._k:
+        if self.found < self._k:
             raise QueryError(
                 "k exceeds the number of samples that were trained on",
-                expected=f"k <= {found}",
+                expected=f"k <= {self.found}",
                 found=f"k = {self._k}",
                 hint="choose a smaller k, or let the fit see more of its data (limit_train_batches)",
             )
@@ -276,14 +302,63 @@ def self_influence(stage: Stage, estimator: Estimator) -> Tensor:
         total: Tensor | None = None
         for index, shard in shards:
             train = train_side(terms[index], shard, ids)
-            own = terms[index].transform(train.gradients)
-            products = sum((train.gradients[name].pairwise(block) for name, block in own.items()), torch.zeros(()))
+            products = _own_products(terms[index], train.gradients, stage.projection)
             total = train.added(total, products[None], len(ids))
         if total is not None:
             if length < UNBOUNDED and len(ids) != length and isinstance(terms[shards[0][0]].train_at, StepRange):
                 return total.new_zeros(length).index_copy_(0, ids.to(total.device), total[0])
             parts.append(total[0])
     return torch.cat(parts)
+
+
+def _own_products(term: Term, gradients: Gradients, projection: Projection | None) -> Tensor:
+    """⟨T g, g⟩ of every sample, (N,); a few samples at a time, since T may write their gradients out."""
+    count = next(iter(gradients.values())).num_samples
+    numel = sum(math.prod(block.shape) for block in gradients.values())
+    parts = []
+    for span in spans(count, numel):
+        some = {name: block.select(torch.arange(span.start, span.stop)) for name, block in gradients.items()}
+        own = own_side(term, some, projection)
+        parts.append(sum((some[name].pairwise(block) for name, block in own.items()), torch.zeros(())))
+    return torch.cat(parts)
+
+
+def removal_effects(stage: Stage, attributor: Attributor, queries: Queries, sets: Sequence[Tensor]) -> Tensor:
+    """Predicted change of each query's m when each set of samples is removed and the model trained again, (Q, S).
+
+        m(without S) - m = (1/N) sum over z in S of score(q, z)
+
+    Args:
+        sets: sample ids of each removal, (k,) int64.
+
+    Raises:
+        QueryError: an attributor whose scores only rank; an id that is no training sample, or twice in a set.
+    """
+    length = stage.store.manifest.dataset_length
+    if not attributor.counterfactual:
+        raise QueryError(
+            f"the scores of {type(attributor).__name__} rank samples: they are no amounts",
+            expected="an estimator whose scores are changes of m, such as InfluenceFunction",
+            found=type(attributor).__name__,
+            hint="fit with CurvatureSnapshot too and ask with InfluenceFunction()",
+        )
+    for ids in sets:
+        wrong = ids[(ids < 0) | (ids >= length)].tolist()
+        if wrong or len(set(ids.tolist())) != len(ids):
+            raise QueryError(
+                "these samples cannot be removed",
+                expected=f"different ids from 0 to {length - 1}",
+                found=f"{wrong[:5]}" if wrong else "an id twice",
+                hint="sample ids are positions in the training set",
+            )
+    member = torch.zeros(length, len(sets), dtype=torch.float64)  # (N, S)
+    for number, ids in enumerate(sets):
+        member[ids, number] = 1 / length
+    effects = torch.zeros(len(queries), len(sets), dtype=torch.float64)
+    for block in attributor.score_blocks(stage, queries):
+        refuse_not_finite(block.scores)
+        effects[block.queries] += block.scores.double().cpu() @ member[block.sample_ids]
+    return effects
 
 
 def refuse_not_finite(scores: Tensor) -> None:

@@ -1,6 +1,8 @@
 """Estimators, each of which says what enters the one bilinear form, and baselines with the same interface."""
 
 from lightning_influence.estimators.estimator import Attributor, Estimator, Queries, ScoreBlock, Stage, Term
+from lightning_influence.estimators.influence_function import InfluenceFunction
+from lightning_influence.estimators.nearest import NearestFirst
 from lightning_influence.estimators.similarity import BM25, EmbeddingCosine, Random, TfIdf
 from lightning_influence.estimators.tracin import TracIn, TracInLast
 from lightning_influence.estimators.tracin_we import TracInWE
@@ -10,6 +12,8 @@ __all__ = [
     "Attributor",
     "EmbeddingCosine",
     "Estimator",
+    "InfluenceFunction",
+    "NearestFirst",
     "Queries",
     "Random",
     "ScoreBlock",

@@ -22,8 +22,12 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_influence.artifacts import ArtifactStore, Checkpoint, Shard, StepRange
-from lightning_influence.errors import QueryError, StoreError
-from lightning_influence.gradients import Gradients, inner, unpack
+from lightning_influence.curvature import stored_projection
+from lightning_influence.errors import QueryError
+from lightning_influence.fitted import load_weights as load_weights
+from lightning_influence.fitted import weights_at
+from lightning_influence.gradients import Gradients, Projection, inner, unpack
+from lightning_influence.objective import PerSample, Reduction
 
 Transform: TypeAlias = Callable[[Gradients], Gradients]
 
@@ -44,12 +48,32 @@ class Stage:
         module: the model, for queries and for estimators that need its layers.
         train_loader: its training data, for attributors that look at the samples themselves.
         parent: the stage it was finetuned from.
+        per_sample_loss: the loss that the fit was given, if any.
+        stored: training gradients come from the store; else they are taken as the training data stream by.
     """
 
     store: ArtifactStore
     module: LightningModule | None = None
     train_loader: Any = None
     parent: Stage | None = None
+    per_sample_loss: PerSample | None = None
+    stored: bool = True
+
+    @property
+    def reduction(self) -> Reduction:
+        """How the training loss reduces its batch, as the fit found it."""
+        return "sum" if self.store.manifest.settings.get("reduction") == "sum" else "mean"
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """Parameters whose training gradients can be had: those of the store; of data that stream by, all."""
+        manifest = self.store.manifest
+        return manifest.selected if self.stored else tuple(manifest.parameters)
+
+    @property
+    def projection(self) -> Projection | None:
+        """What the training gradients went through before they were stored; `None` if nothing, or if they stream by."""
+        return stored_projection(self.store) if self.stored else None
 
     @property
     def checkpoints(self) -> tuple[Checkpoint, ...]:
@@ -78,30 +102,8 @@ class Stage:
         """
         if self.module is None:
             raise QueryError("this needs the model", expected="a module", found="none", hint="pass it to the Stage")
-        with torch.inference_mode(False):
-            state = self.module.state_dict()
-            own = {name: value.detach().clone() for name, value in state.items() if isinstance(value, Tensor)}
-            try:
-                _load(self.module, self.store.weights(checkpoint), own, self.store)
-                yield self.module
-            finally:
-                self.module.load_state_dict(own, strict=False)
-
-
-def _load(module: LightningModule, weights: dict[str, Tensor], own: Collection[str], store: ArtifactStore) -> None:
-    try:
-        result = module.load_state_dict(weights, strict=False)
-        wrong = [name for name in result.missing_keys if name in own] + list(result.unexpected_keys)
-        problem = f"a difference in {', '.join(wrong[:5])}" if wrong else None
-    except RuntimeError as error:  # shapes that differ
-        problem = str(error)
-    if problem is not None:
-        raise StoreError(
-            f"the weights in {store.root} do not fit the module",
-            expected="the parameters and buffers of the module that was fitted",
-            found=problem,
-            hint=f"pass the module that was fitted ({store.manifest.module_class}), with its hyper-parameters",
-        )
+        with weights_at(self.module, self.store, checkpoint):
+            yield self.module
 
 
 @dataclass(frozen=True)
@@ -112,9 +114,11 @@ class Term:
         query_at: the checkpoint whose weights the query's gradients are taken at.
         train_at: the stored training gradients: of a checkpoint, or of a range of steps recorded in flight.
         parameters: full names of the parameters that take part; the transforms see no others.
-        transform: T_c, on the query's gradients.
+        transform: T_c, on the query's gradients; where training gradients are stored projected, they are so after it.
         train_transform: what the training gradients pass through before the product (such as keeping the top words).
         train_weight: factor of every training record, from its shard to (N,); `None` is 1.
+        stored_transform: the part of T_c that acts on gradients in the form in which training gradients are stored,
+            projected where they are; last of all on the query's side.
     """
 
     query_at: Checkpoint
@@ -123,6 +127,7 @@ class Term:
     transform: Transform = unchanged
     train_transform: Transform = unchanged
     train_weight: Callable[[Shard], Tensor] | None = None
+    stored_transform: Transform = unchanged
 
 
 @dataclass(frozen=True)
@@ -211,12 +216,13 @@ class Estimator(Attributor):
         for term in self.terms(stage):
             by_checkpoint[term.query_at.step].append(term)
         parts = list(by_checkpoint.values())
-        first, length = query_side(parts[0], queries), stage.store.manifest.dataset_length
+        projection, length = stage.projection, stage.store.manifest.dataset_length
+        first = query_side(parts[0], queries, projection)
         held = len(parts) * sum(block.nbytes() for gradients in first for block in gradients.values())
         if held > _MOST_BYTES >= 8 * len(queries) * length:
-            yield from _one_by_one(parts, first, stage.store, queries, length)
+            yield from _one_by_one(parts, first, stage.store, queries, projection)
             return
-        transformed = first + [gradients for part in parts[1:] for gradients in query_side(part, queries)]
+        transformed = first + [gradients for part in parts[1:] for gradients in query_side(part, queries, projection)]
         yield from _blocks([term for part in parts for term in part], transformed, stage.store, queries)
 
 
@@ -235,13 +241,18 @@ def _blocks(
 
 
 def _one_by_one(
-    parts: Sequence[Sequence[Term]], first: list[Gradients], store: ArtifactStore, queries: Queries, length: int
+    parts: Sequence[Sequence[Term]],
+    first: list[Gradients],
+    store: ArtifactStore,
+    queries: Queries,
+    projection: Projection | None,
 ) -> Iterator[ScoreBlock]:
     """All scores as one block, with the query gradients of one checkpoint at a time; `first` is used up."""
     total: Tensor | None = None
+    length = store.manifest.dataset_length
     seen = torch.zeros(length, dtype=torch.bool)
     for part in parts:
-        transformed = [first.pop(0) for _ in part] if first else query_side(part, queries)
+        transformed = [first.pop(0) for _ in part] if first else query_side(part, queries, projection)
         for block in _blocks(part, transformed, store, queries):
             total = block.scores.new_zeros(len(queries), length) if total is None else total
             total[block.queries].index_add_(1, block.sample_ids.to(total.device), block.scores.to(total))
@@ -252,8 +263,8 @@ def _one_by_one(
         yield ScoreBlock(slice(0, len(queries)), ids, total if bool(seen.all()) else total[:, ids.to(total.device)])
 
 
-def query_side(terms: Sequence[Term], queries: Queries) -> list[Gradients]:
-    """T_c grad m of every term; each checkpoint is asked for once."""
+def query_side(terms: Sequence[Term], queries: Queries, projection: Projection | None = None) -> list[Gradients]:
+    """T_c grad m of every term, projected as the training gradients were; each checkpoint is asked for once."""
     transformed: dict[int, Gradients] = {}
     at_step: dict[int, list[int]] = defaultdict(list)
     for index, term in enumerate(terms):
@@ -262,7 +273,8 @@ def query_side(terms: Sequence[Term], queries: Queries) -> list[Gradients]:
         names = {name for index in indices for name in terms[index].parameters}
         gradients = queries.gradients_at(terms[indices[0]].query_at, names)
         for index in indices:
-            transformed[index] = terms[index].transform(restricted(gradients, terms[index].parameters))
+            own = terms[index].transform(restricted(gradients, terms[index].parameters))
+            transformed[index] = terms[index].stored_transform(own if projection is None else projection.apply(own))
     return [transformed[index] for index in range(len(terms))]
 
 
@@ -314,6 +326,22 @@ def train_side(term: Term, shard: Shard, ids: Tensor) -> TrainSide:
     return TrainSide(gradients, None if replayed else torch.searchsorted(ids, shard.sample_ids), weights)
 
 
+def own_side(term: Term, gradients: Gradients, projection: Projection | None) -> Gradients:
+    """T_c grad l of stored training gradients, as if they were a query's.
+
+    Raises:
+        QueryError: they are projected, and T_c acts on gradients as they were captured.
+    """
+    if projection is not None and term.transform is not unchanged:
+        raise QueryError(
+            "self-influence cannot be told from projected gradients here",
+            expected="an estimator that acts on projected gradients: TracIn(), InfluenceFunction(ProjectedGram())",
+            found=f"one that acts on gradients as they are captured, and a store with {projection}",
+            hint="fit with GradientSnapshot(projection=None), or take another estimator",
+        )
+    return term.stored_transform(term.transform(gradients))
+
+
 def restricted(gradients: Gradients, names: Collection[str]) -> Gradients:
     """The gradients of some of the parameters; no others are read."""
     return {name: gradients[name] for name in gradients if name in names}
@@ -323,14 +351,16 @@ def _rows(gradients: Gradients, chosen: Tensor | None) -> Gradients:
     return gradients if chosen is None else {name: block.select(chosen) for name, block in gradients.items()}
 
 
-def require_parameters(store: ArtifactStore, wanted: Collection[str], estimator: str) -> tuple[str, ...]:
-    """The wanted parameters in the order of the store; a QueryError if one of them was not captured."""
-    missing = [name for name in wanted if name not in store.manifest.selected]
+def require_parameters(stage: Stage, wanted: Collection[str], estimator: str) -> tuple[str, ...]:
+    """The wanted parameters in the order of the store; a QueryError if one of them cannot be had."""
+    known = stage.parameters
+    missing = [name for name in wanted if name not in known]
     if missing:
         raise QueryError(
-            f"{estimator} needs gradients that this store does not hold",
+            f"{estimator} needs gradients that this {'store' if stage.stored else 'model'} does not hold",
             expected=f"gradients of {', '.join(missing)}",
-            found=f"gradients of {', '.join(store.manifest.selected)} in {store.root}",
-            hint="fit again with these parameters selected in GradientSnapshot, or restrict `parameters` here",
+            found=f"gradients of {', '.join(known) or 'no parameter'} in {stage.store.root}",
+            hint="fit again with these parameters selected in GradientSnapshot, restrict `parameters` here, or let the "
+            "training data stream by: influence.prepare(query_loader), then Trainer().predict(influence, train_loader)",
         )
-    return tuple(name for name in store.manifest.selected if name in wanted)
+    return tuple(name for name in known if name in wanted)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, TypeAlias
 
 import torch
+from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_influence.artifacts import ArtifactStore, Checkpoint, Shard, StepRange
@@ -19,7 +20,7 @@ from lightning_influence.estimators.estimator import (
     require_parameters,
     unchanged,
 )
-from lightning_influence.gradients import Gradients, select
+from lightning_influence.gradients import GradientBlock, Gradients, select
 
 Preconditioner: TypeAlias = Literal["optimizer"] | None
 
@@ -37,7 +38,8 @@ class TracIn(Estimator):
     the rate that all groups share. Scores rank; they are no amounts.
 
     Args:
-        parameters: glob or globs over parameter names; `None` takes all that the store holds.
+        parameters: glob or globs over parameter names; `None` takes all that the store holds (if it holds none and the
+            training data stream by, all that were trained).
         preconditioner: `"optimizer"` puts P_c = diag(1 / (sqrt(v_hat) + eps)) of Adam and relatives, as saved with the
             checkpoint, in place of the identity. In flight, where the first checkpoint precedes the optimizer's first
             step, it takes the denominators of the second.
@@ -64,18 +66,18 @@ class TracIn(Estimator):
         terms = []
         for at in checkpoints:
             rates = {name: at.learning_rate(name) for name in names}
-            transform = _scaled_by(query, rates, self._denominators(stage.store, names, at))
-            terms.append(Term(at, at, names, transform, train))
+            transform = _preconditioned(query, self._denominators(stage.store, names, at))
+            terms.append(Term(at, at, names, transform, train, stored_transform=_scaled_by(rates)))
         return terms
 
     def names(self, stage: Stage) -> tuple[str, ...]:
         """The parameters whose gradients take part, in the order of the store."""
-        held = stage.store.manifest.selected
+        known = stage.parameters
         if self._globs is None:
-            return held
-        unmatched = [g for g in self._globs if not fnmatch.filter(held, g)]
-        require_parameters(stage.store, unmatched, type(self).__name__)
-        return tuple(name for name in held if any(fnmatch.fnmatchcase(name, g) for g in self._globs))
+            return stage.store.manifest.selected or (known if stage.module is None else _trained(stage.module, known))
+        unmatched = [g for g in self._globs if not fnmatch.filter(known, g)]
+        require_parameters(stage, unmatched, type(self).__name__)
+        return tuple(name for name in known if any(fnmatch.fnmatchcase(name, g) for g in self._globs))
 
     def sides(self, stage: Stage, names: Sequence[str]) -> tuple[Transform, Transform]:
         """What the query's and the training gradients pass through, before rates and preconditioner."""
@@ -93,7 +95,7 @@ class TracIn(Estimator):
                 continue  # nothing was trained from here: no query gradient is needed
             for groups, members in _by_groups(checkpoints, names).items():
                 denominators = self._denominators(store, members, at, following)
-                transform = _scaled_by(query, dict.fromkeys(members, 1.0), denominators)
+                transform = _preconditioned(query, denominators)
                 terms.append(Term(at, StepRange(at.step, end), tuple(members), transform, train, _step_weight(groups)))
         if not terms:
             raise QueryError(
@@ -146,7 +148,7 @@ class TracInLast(TracIn):
                 found="none",
                 hint="pass the module to InfluenceModule, or name its layer: TracIn(parameters='head.*')",
             )
-        names = require_parameters(stage.store, select(stage.module, "last_layer").names, "TracInLast")
+        names = require_parameters(stage, select(stage.module, "last_layer").names, "TracInLast")
         tied = [name for name in names if name in look_ups(stage.store)]
         if tied:
             raise QueryError(
@@ -158,25 +160,42 @@ class TracInLast(TracIn):
         return names
 
 
+def _trained(module: LightningModule, known: Collection[str]) -> tuple[str, ...]:
+    return tuple(name for name, p in module.named_parameters() if p.requires_grad and name in known)
+
+
 def look_ups(store: ArtifactStore) -> tuple[str, ...]:
     """Embedding weights of which the store holds the look-ups alone, without other uses such as a tied head."""
     found = store.manifest.settings.get("look_ups")
     return tuple(str(name) for name in found) if isinstance(found, (list, tuple)) else ()
 
 
-def _scaled_by(prepare: Transform, rates: Mapping[str, float], denominators: Mapping[str, Tensor] | None) -> Transform:
-    """T_c: an estimator's own transform, then learning rates and preconditioner, by parameter."""
+def _preconditioned(prepare: Transform, denominators: Mapping[str, Tensor] | None) -> Transform:
+    """An estimator's own transform, then the preconditioner."""
+    if denominators is None:
+        return prepare
 
     def transform(gradients: Gradients) -> Gradients:
-        transformed = {}
-        for name, block in prepare(gradients).items():
-            block = block.to(dtype=torch.promote_types(block.dtype, torch.float32))
-            if denominators is not None:
-                block = block.multiplied(denominators[name].reciprocal())
-            transformed[name] = block.scaled(torch.full((block.num_samples,), rates[name], dtype=torch.float64))
-        return transformed
+        return {n: _wide(block).multiplied(denominators[n].reciprocal()) for n, block in prepare(gradients).items()}
 
     return transform
+
+
+def _scaled_by(rates: Mapping[str, float]) -> Transform:
+    """The learning rates of the parameters."""
+
+    def transform(gradients: Gradients) -> Gradients:
+        return {
+            name: _wide(block).scaled(torch.full((block.num_samples,), rates[name], dtype=torch.float64))
+            for name, block in gradients.items()
+        }
+
+    return transform
+
+
+def _wide(block: GradientBlock) -> GradientBlock:
+    """The block in a type that can be scaled without loss."""
+    return block.to(dtype=torch.promote_types(block.dtype, torch.float32))
 
 
 def _by_groups(checkpoints: Sequence[Checkpoint], names: Sequence[str]) -> dict[tuple[int, ...], list[str]]:

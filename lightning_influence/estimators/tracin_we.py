@@ -74,6 +74,13 @@ class TracInWE(TracIn):
 
     def names(self, stage: Stage) -> tuple[str, ...]:
         """The embedding weights of the store."""
+        if stage.projection is not None:
+            raise QueryError(
+                f"{type(self).__name__} matches words, and projected gradients have none",
+                expected="a store of word-embedding gradients as they were captured",
+                found=f"gradients projected by {stage.projection} in {stage.store.root}",
+                hint="use TracIn() on this store, or fit with GradientSnapshot(store, 'word_embeddings')",
+            )
         names = super().names(stage)
         embeddings = [name for name in names if len(stage.store.manifest.parameters[name].shape) == 2]
         if self._globs is None and stage.module is not None:

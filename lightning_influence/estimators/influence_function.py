@@ -1,0 +1,274 @@
+"""Influence functions: the query's gradient through the inverse curvature at the final weights."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Literal, TypeAlias
+
+from lightning.pytorch.utilities import rank_zero_warn
+
+from lightning_influence.artifacts import Checkpoint
+from lightning_influence.curvature import (
+    Curvature,
+    CurvatureStatistics,
+    Damping,
+    ProjectedCurvature,
+    RecordedCurvature,
+    StoredEvidence,
+    TrainingEvidence,
+    as_damping,
+    recorded_curvature,
+    weight_decay,
+)
+from lightning_influence.errors import QueryError
+from lightning_influence.estimators.estimator import Estimator, Stage, Term
+from lightning_influence.gradients import Gradients, select
+from lightning_influence.objective import Labels
+from lightning_influence.replay import TrainingData
+
+DampingChoice: TypeAlias = Damping | float | Literal["auto"] | None
+
+_FAR_FROM_STATIONARY = 0.1  # mean gradient over the root mean square of single samples' gradients, less their noise
+
+
+class InfluenceFunction(Estimator):
+    """What up-weighting a training sample does to the query, to first order at a stationary point (Koh & Liang 2017,
+    1703.04730).
+
+        score(q, z) = ∇m(q)ᵀ (H + λI)⁻¹ ∇ℓ(z)            H: curvature of the mean loss, weight decay included
+
+    Scores are changes of m per unit of weight: removing the samples S and training again changes m by about
+    (1/N) Σ_{z ∈ S} score(q, z).
+
+    Args:
+        curvature: the name of one in the store (`"ekfac"`, ...), `None` for the only one there; or statistics that are
+            estimated when they are needed, from the model and the `train_loader` of the `InfluenceModule`:
+            `MatrixFree()`, `EKFAC()`, ...; or `DataInf()`, `ProjectedGram()`, for which the gradients in the store are
+            enough.
+        damping: λ: a number, `Relative(factor)` of the mean eigenvalue of each block, `None` for a tenth of it
+            (Grosse et al. 2023, 2308.03296), or `"auto"` for what `choose_damping` has found for this store.
+        parameters: glob or globs over parameter names; `None` takes all that curvature and gradients are known of.
+        labels, seed: of statistics that are estimated when they are needed, as in `CurvatureSnapshot`.
+
+    Raises:
+        QueryError: the store lacks the gradients, the model or the training data that this needs.
+        CurvatureError: the store lacks the curvature; H + λI cannot be inverted.
+    """
+
+    counterfactual = True
+
+    def __init__(
+        self,
+        curvature: str | CurvatureStatistics | None = None,
+        *,
+        damping: DampingChoice = None,
+        parameters: str | Sequence[str] | None = None,
+        labels: Labels | None = None,
+        seed: int = 0,
+    ) -> None:
+        if not (curvature is None or isinstance(curvature, (str, CurvatureStatistics))):
+            raise QueryError(
+                "this is no curvature",
+                expected='a name such as "ekfac", or statistics such as MatrixFree()',
+                found=repr(curvature),
+                hint="write InfluenceFunction('ekfac') or InfluenceFunction(MatrixFree())",
+            )
+        self.damping: Damping | Literal["auto"] = "auto" if damping == "auto" else as_damping(damping)
+        self._source, self._labels, self._seed = curvature, labels, seed
+        self._globs = (parameters,) if isinstance(parameters, str) else parameters
+        self._known: dict[tuple[Any, ...], RecordedCurvature] = {}
+
+    def terms(self, stage: Stage) -> Sequence[Term]:
+        """The one term of the sum, at the checkpoint of the curvature."""
+        found = self.recorded(stage)
+        names = self._names(stage, found)
+        damping = self.damping_of(stage, found)
+        inner = None if stage.projection is None else found.curvature.within(stage.projection)
+        if inner is None:
+            return [Term(found.at, found.at, names, lambda v: self.solved(stage, found, v, damping))]
+        within = replace(found, curvature=inner)
+        return [Term(found.at, found.at, names, stored_transform=lambda v: self.solved(stage, within, v, damping))]
+
+    def recorded(self, stage: Stage) -> RecordedCurvature:
+        """The curvature, read or estimated once for a store."""
+        source, store = self._source, stage.store
+        files = (*store.artifacts("weights"), *store.artifacts("curvature"))
+        key = (str(store.root), *(file.sha256 for file in files))
+        if key not in self._known:
+            if isinstance(source, CurvatureStatistics):
+                found = self._estimated(stage, source)
+            else:
+                found = recorded_curvature(store, source)
+            _warn_if_half_trained(found)
+            self._known = {key: found}
+        return self._known[key]
+
+    def damping_of(self, stage: Stage, found: RecordedCurvature) -> Damping:
+        """The damping, chosen or given.
+
+        Raises:
+            QueryError: `"auto"`, and nothing was chosen for this store and curvature.
+        """
+        if self.damping != "auto":
+            return self.damping
+        chosen = stage.store.manifest.facts.get("damping")
+        value = chosen.get(found.name) if isinstance(chosen, dict) else None
+        if not isinstance(value, dict):
+            raise QueryError(
+                f"no damping has been chosen for the curvature {found.name!r} of this store",
+                expected="a finished choose_damping(influence, train_loader, held_out_loader)",
+                found=f"choices for {', '.join(chosen) if isinstance(chosen, dict) and chosen else 'none'}",
+                hint="call influence.choose_damping(train_loader, held_out_loader) once, or pass damping=None for the "
+                "default of a tenth of the mean eigenvalue",
+            )
+        return Damping.from_record(value)
+
+    def solved(self, stage: Stage, found: RecordedCurvature, v: Gradients, damping: Damping) -> Gradients:
+        """(H + λI)⁻¹ v, at the weights that the curvature belongs to where it needs the model."""
+        if found.curvature.needs_model:
+            with stage.at(found.at):
+                return found.curvature.solve(v, damping)
+        return found.curvature.solve(v, damping)
+
+    def _names(self, stage: Stage, found: RecordedCurvature) -> tuple[str, ...]:
+        """The parameters that take part: those of the curvature whose training gradients are known, or stream by."""
+        known = found.curvature.parameters
+        if stage.stored:
+            held = stage.store.manifest.selected
+            if not any(file.step == found.at.step for file in stage.store.artifacts("gradients")):
+                raise QueryError(
+                    f"the store holds no training gradients at step {found.at.step}, where its curvature is",
+                    expected="gradients replayed at the checkpoint of the curvature",
+                    found=f"gradients of {', '.join(held) or 'no parameter'} in mode {stage.store.manifest.mode!r}",
+                    hint="let the training data stream by: influence.prepare(query_loader), then "
+                    "Trainer().predict(influence, train_loader); or fit with GradientSnapshot(store, parameters=...)",
+                )
+            known = tuple(name for name in known if name in held)
+        names = _chosen(known, self._globs)
+        if not names:
+            raise QueryError(
+                "curvature and training gradients share no parameter",
+                expected=f"some of {', '.join(found.curvature.parameters)}",
+                found=f"gradients of {', '.join(stage.store.manifest.selected) or 'none'}",
+                hint="select the same parameters in CurvatureSnapshot and GradientSnapshot, or stream training data",
+            )
+        return names
+
+    def _estimated(self, stage: Stage, statistics: CurvatureStatistics) -> RecordedCurvature:
+        """The curvature of the last checkpoint, from the gradients in the store, or the model and the training data."""
+        at = stage.checkpoints[-1]
+        if statistics.from_stored and self._labels in (None, "observed") and (held := self._held(stage, at)):
+            return self._from_store(stage, at, statistics, held)
+        if stage.module is None or stage.train_loader is None:
+            raise QueryError(
+                f"{type(statistics).__name__} is estimated from the training data",
+                expected="the module and its training data",
+                found="no training data" if stage.module is not None else "no module",
+                hint="pass InfluenceModule(module, store, estimator, train_loader=train_loader)",
+            )
+        names = _wanted(stage, self._globs)
+        data = TrainingData.of(stage.train_loader, forked=True)
+        decay = _decay(stage, at, names, data.batch_size)
+        with stage.at(at) as module:
+            evidence = TrainingEvidence(
+                module,
+                select(module, list(names)),
+                data,
+                labels=self._labels or ("observed" if statistics.from_stored else None),
+                seed=self._seed,
+                per_sample_loss=stage.per_sample_loss,
+                reduction=stage.reduction,
+                decay=decay,
+            )
+            curvature: Curvature = statistics.collect(evidence).decayed(decay)
+        return RecordedCurvature(
+            curvature,
+            statistics.name,
+            at,
+            evidence.labels,
+            self._seed,
+            evidence.num_samples,
+            decay,
+            evidence.stationarity,
+        )
+
+    def _held(self, stage: Stage, at: Checkpoint) -> tuple[str, ...]:
+        """The parameters that take part, if the store holds all their gradients at this checkpoint; else none."""
+        held = stage.store.manifest.selected
+        if not any(file.step == at.step for file in stage.store.artifacts("gradients")):
+            return ()
+        if stage.stored or stage.module is None:
+            return _chosen(held, self._globs)
+        wanted = _wanted(stage, self._globs)
+        return wanted if set(wanted) <= set(held) else ()
+
+    def _from_store(
+        self, stage: Stage, at: Checkpoint, statistics: CurvatureStatistics, names: tuple[str, ...]
+    ) -> RecordedCurvature:
+        """The curvature from stored gradients; of projected ones, with its action on whole ones."""
+        loader = stage.train_loader
+        size = None if loader is None else TrainingData.of(loader, forked=True).batch_size
+        decay = _decay(stage, at, names, size)
+        evidence = StoredEvidence(stage.store, at, names)
+        curvature = statistics.collect(evidence).decayed(decay)
+        if evidence.projection is not None:
+            curvature = ProjectedCurvature(curvature, evidence.projection, evidence.shapes)
+        return RecordedCurvature(
+            curvature, statistics.name, at, "observed", self._seed, evidence.num_samples, decay, None
+        )
+
+
+def _decay(stage: Stage, at: Checkpoint, names: tuple[str, ...], batch_size: int | None) -> dict[str, float]:
+    """Weight decay at a checkpoint, in the units of the mean loss, by parameter name.
+
+    Raises:
+        QueryError: a loss that sums over batches whose size is not known.
+    """
+    saved = {file.step for file in stage.store.artifacts("optimizer")}
+    scales = stage.store.preconditioner(at) if at.step in saved else {}
+    decay = weight_decay(at.groups, names, scales)
+    if not decay or stage.reduction == "mean":
+        return decay
+    if batch_size is None:
+        raise QueryError(
+            "training_step sums the losses of a batch: how much weight decay weighs depends on the batch size",
+            expected="the training data",
+            found="none",
+            hint="pass InfluenceModule(module, store, estimator, train_loader=train_loader)",
+        )
+    return weight_decay(at.groups, names, scales, summed_over=batch_size)
+
+
+def _wanted(stage: Stage, globs: Sequence[str] | None) -> tuple[str, ...]:
+    """The parameters of a curvature that is estimated now: those that the store holds, or all that are trained."""
+    assert stage.module is not None
+    held = stage.store.manifest.selected
+    known = held if stage.stored and held else tuple(n for n, p in stage.module.named_parameters() if p.requires_grad)
+    return _chosen(known, globs)
+
+
+def _chosen(known: tuple[str, ...], globs: Sequence[str] | None) -> tuple[str, ...]:
+    """Those of the known parameters that the globs name; a QueryError for a glob that names none."""
+    if globs is None:
+        return known
+    if unmatched := [glob for glob in globs if not any(fnmatch.fnmatchcase(name, glob) for name in known)]:
+        raise QueryError(
+            f"InfluenceFunction(parameters=...) names what is not known here: {', '.join(unmatched)}",
+            expected=f"globs over {', '.join(known) or 'no parameter'}",
+            found=", ".join(unmatched),
+            hint="select these parameters in both GradientSnapshot and CurvatureSnapshot, or leave them out here",
+        )
+    return tuple(name for name in known if any(fnmatch.fnmatchcase(name, glob) for glob in globs))
+
+
+def _warn_if_half_trained(found: RecordedCurvature) -> None:
+    look = found.stationarity
+    if look is None or look.excess <= _FAR_FROM_STATIONARY:
+        return
+    rank_zero_warn(
+        f"The model was far from a stationary point at step {found.at.step}: the mean gradient of its training loss "
+        f"has norm {look.mean_gradient:.3g}, beside {look.sample_gradient:.3g} for a single sample ({look.num_samples} "
+        "samples looked at). Influence functions assume a mean gradient near 0. HINT: train longer, or use TracIn."
+    )
