@@ -588,8 +588,8 @@ def test_query_gradients_of_one_checkpoint_at_a_time(fit, estimator, monkeypatch
     whole, best = influence.scores(asked), influence.query(asked, k=4)
     alive, sizes, query_side = set(), [], room.query_side
 
-    def watched(terms: Any, queries: Any) -> Any:
-        found = query_side(terms, queries)
+    def watched(terms: Any, queries: Any, projection: Any) -> Any:
+        found = query_side(terms, queries, projection)
         for block in (block for gradients in found for block in gradients.values()):
             key = id(block)
             alive.add(key)
