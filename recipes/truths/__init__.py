@@ -1,0 +1,1 @@
+"""What retrained models really say, and how well an attribution foretold it."""
