@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-GROUPS = ("data", "model", "trainer", "callbacks", "estimator")
+GROUPS = ("data", "model", "trainer", "callbacks", "curvature", "estimator")
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 
 PROGRAM = """
@@ -82,6 +82,12 @@ def test_estimators_are_built(choice: str) -> None:
 def test_callbacks_are_built_with_a_store_of_the_job(choice: str) -> None:
     callback = instantiate(composed("fit", f"callbacks={choice}").callbacks.influence)
     assert callback.store == "/nowhere/influence"
+
+
+def test_a_fit_with_curvature_shares_one_store() -> None:
+    callbacks = instantiate(composed("fit", "callbacks=influence_function", "curvature=kfac").callbacks)
+    assert {callback.store for callback in callbacks.values()} == {"/nowhere/influence"}
+    assert callbacks.curvature.statistics.name == "kfac"
 
 
 def foreign_program(folder: Path) -> Path:
