@@ -1,10 +1,23 @@
 """Which training samples made the model do this: influence for PyTorch Lightning, from callbacks to queries."""
 
+from lightning_influence.afterwards import add_curvature
 from lightning_influence.artifacts import ArtifactStore
 from lightning_influence.attribution import Attribution, Ranking
-from lightning_influence.callbacks import GradientSnapshot
+from lightning_influence.callbacks import CurvatureSnapshot, GradientSnapshot
+from lightning_influence.curvature import (
+    EKFAC,
+    KFAC,
+    DataInf,
+    Diagonal,
+    LowRank,
+    MatrixFree,
+    ProjectedGram,
+    Relative,
+)
+from lightning_influence.damping_choice import Removals
 from lightning_influence.errors import (
     CaptureError,
+    CurvatureError,
     InfluenceError,
     LossError,
     QueryError,
@@ -17,6 +30,8 @@ from lightning_influence.estimators import (
     Attributor,
     EmbeddingCosine,
     Estimator,
+    InfluenceFunction,
+    NearestFirst,
     Random,
     Stage,
     Term,
@@ -25,7 +40,7 @@ from lightning_influence.estimators import (
     TracInLast,
     TracInWE,
 )
-from lightning_influence.gradients import gradient_rule
+from lightning_influence.gradients import FactorProjection, RandomProjection, gradient_rule
 from lightning_influence.module import InfluenceModule
 from lightning_influence.words import WordContribution
 
@@ -33,19 +48,34 @@ __version__ = "0.1.0"
 
 __all__ = [
     "BM25",
+    "EKFAC",
+    "KFAC",
     "ArtifactStore",
     "Attribution",
     "Attributor",
     "CaptureError",
+    "CurvatureError",
+    "CurvatureSnapshot",
+    "DataInf",
+    "Diagonal",
     "EmbeddingCosine",
     "Estimator",
+    "FactorProjection",
     "GradientSnapshot",
     "InfluenceError",
+    "InfluenceFunction",
     "InfluenceModule",
     "LossError",
+    "LowRank",
+    "MatrixFree",
+    "NearestFirst",
+    "ProjectedGram",
     "QueryError",
     "Random",
+    "RandomProjection",
     "Ranking",
+    "Relative",
+    "Removals",
     "SampleIdError",
     "Stage",
     "StoreError",
@@ -56,5 +86,6 @@ __all__ = [
     "TracInWE",
     "UnsupportedError",
     "WordContribution",
+    "add_curvature",
     "gradient_rule",
 ]

@@ -1,4 +1,4 @@
-"""What a run captures and in which form it is stored: the selection, what the self-check found, top words and dtype."""
+"""What a run captures and in which form it is stored: selection, what the self-check found, projection and dtype."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_influence.errors import CaptureError
-from lightning_influence.gradients import GradientBlock, Gradients, Rows, Selection
+from lightning_influence.gradients import GradientBlock, GradientCapture, Gradients, Projection, Rows, Selection
 from lightning_influence.objective import PerSample
 from lightning_influence.self_check import SelfCheck
 
@@ -26,6 +26,8 @@ class CapturePlan:
         per_sample_loss: the user's own loss, if any.
         top_words: words kept per sample in row-sparse gradients; `None` keeps all.
         dtype: of the stored values.
+        projection: what the gradients go through before they are stored, if anything.
+        features: keep what goes into the last layer beside them.
     """
 
     selection: Selection
@@ -33,6 +35,13 @@ class CapturePlan:
     per_sample_loss: PerSample | None
     top_words: int | None
     dtype: torch.dtype
+    projection: Projection | None = None
+    features: bool = False
+
+    def capture(self, *, functional: bool = True) -> GradientCapture:
+        """A capture of the selection, in the form that costs least to store."""
+        factored = self.projection is not None and self.projection.factored
+        return GradientCapture(self.selection, functional=functional, factored=factored)
 
     def stored(self, gradients: Gradients, where: str) -> Gradients:
         """The gradients as they are written, on the CPU.
@@ -59,6 +68,8 @@ class CapturePlan:
             )
         if isinstance(block, Rows) and self.top_words is not None:
             block = block.top_words(self.top_words)
+        if self.projection is not None:
+            block = self.projection.apply({name: block})[name]
         small = block.to(device="cpu", dtype=self.dtype)
         if not small.all_finite():
             raise CaptureError(

@@ -10,19 +10,27 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lightning_influence.artifacts import Artifact, ArtifactStore, Checkpoint
-from lightning_influence.callbacks.arguments import folder_or_none, goes_with, names, one_of, positive
+from lightning_influence.artifacts import ArtifactStore, Checkpoint
+from lightning_influence.callbacks.arguments import (
+    folder_or_none,
+    goes_with,
+    names,
+    one_of,
+    positive,
+    projection_or_none,
+)
 from lightning_influence.callbacks.capture_plan import DTYPES, CapturePlan
+from lightning_influence.callbacks.checkpointing import commit_checkpoint, write_checkpoint
 from lightning_influence.callbacks.in_flight_recorder import InFlightRecorder
 from lightning_influence.callbacks.opening import manifest_of, open_store, training_data
-from lightning_influence.callbacks.optimizer_record import OptimizerRecord, denominators
+from lightning_influence.callbacks.optimizer_record import OptimizerRecord
 from lightning_influence.callbacks.replay_recorder import write_replay
 from lightning_influence.callbacks.run_cost import RunCost, announce
 from lightning_influence.callbacks.staleness import Staleness
 from lightning_influence.callbacks.train_mode import warn_of_train_mode
 from lightning_influence.callbacks.trainer_support import refuse_strategy, shared_folder
 from lightning_influence.errors import StoreError
-from lightning_influence.gradients import select
+from lightning_influence.gradients import Projection, select
 from lightning_influence.objective import PerSample
 from lightning_influence.replay import TrainingData
 from lightning_influence.samples import SampleId, SampleTracker
@@ -45,6 +53,9 @@ class GradientSnapshot(Callback):
         every_n_steps: checkpoint every n optimizer steps instead.
         top_words: words kept per sample in word-embedding gradients, those of largest norm; `None` keeps all.
         dtype: of the stored gradients; products are always accumulated in float32 or more.
+        projection: store projected gradients, a few hundred numbers a parameter: `FactorProjection(rank)` (LoGra) or
+            `RandomProjection(size)` (TRAK). Queries are projected likewise; words can no longer be told apart.
+        features: also store what goes into the last layer, a row a sample, by replay: for `NearestFirst`.
         dataloader: replay this loader instead of the Trainer's (no shuffling needed).
         sample_id: key or function of a batch that gives sample ids where they cannot be known (streams), in flight.
         per_sample_loss: (module, batch) -> (N,), for replay; default: the module's method of that name, or
@@ -72,6 +83,8 @@ class GradientSnapshot(Callback):
         every_n_steps: int | None = None,
         top_words: int | None = None,
         dtype: Literal["float32", "bfloat16", "float16", "float64"] = "float32",
+        projection: Projection | None = None,
+        features: bool = False,
         dataloader: Any = None,
         sample_id: SampleId | None = None,
         per_sample_loss: PerSample | None = None,
@@ -81,10 +94,12 @@ class GradientSnapshot(Callback):
         one_of("dtype", dtype, tuple(DTYPES))
         positive(every_n_epochs=every_n_epochs, every_n_steps=every_n_steps, top_words=top_words)
         folder_or_none("store", store)
+        projection_or_none(projection, top_words)
         goes_with(
             mode,
             {
                 "per_sample_loss": ("replay", per_sample_loss, "in flight the rows are those of training_step's loss"),
+                "features": ("replay", features or None, "in flight each sample is seen at other weights"),
                 "sample_id": ("in_flight", sample_id, "replay walks the training set by position: ids are positions"),
             },
         )
@@ -93,6 +108,7 @@ class GradientSnapshot(Callback):
         self.mode = mode
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self.top_words, self.dtype, self.dataloader = top_words, dtype, dataloader
+        self.projection, self.features = projection, features
         self.sample_id, self.per_sample_loss = sample_id, per_sample_loss
         self.log_overhead = log
         self._rates, self._staleness, self._cost = OptimizerRecord(), Staleness(), RunCost()
@@ -119,6 +135,7 @@ class GradientSnapshot(Callback):
             every_n_steps=self.every_n_steps,
             top_words=self.top_words,
             dtype=self.dtype,
+            **({} if self.projection is None else {"projection": self.projection.record()}),
         )
 
     @property
@@ -145,8 +162,8 @@ class GradientSnapshot(Callback):
             self._begin_anew()
         self._fitted = weakref.ref(trainer)
         self._root = shared_folder(trainer, self.store)
-        if self.store is not None:  # part of the state's key, which all ranks must look up under the same name
-            self.store = self._root
+        if self.store is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.store = self._root  # part of the state's key, which all ranks must look up under the same name
         if self.mode == "in_flight":
             self._tracker = SampleTracker(self.sample_id)
             self._tracker.attach(trainer)
@@ -178,7 +195,7 @@ class GradientSnapshot(Callback):
             self._recorder = InFlightRecorder.of(
                 trainer, store, plan, self._tracker, self._rates, self._staleness, self._recorded
             )
-            warn_of_train_mode(module, plan, self._data, trainer)
+            warn_of_train_mode("GradientSnapshot", module, plan.selection, plan.check, self._data, trainer)
         self._plan = plan
         if self._recorder is not None and not known:
             self._snapshot(trainer, module, trainer.current_epoch)
@@ -189,7 +206,9 @@ class GradientSnapshot(Callback):
         selection = select(module, self.parameters)
         self._data = self._training_data(trainer)
         check = self_check(module, selection, self._data, trainer, self.per_sample_loss, in_flight=in_flight)
-        return CapturePlan(selection, check, self.per_sample_loss, self.top_words, DTYPES[self.dtype])
+        return CapturePlan(
+            selection, check, self.per_sample_loss, self.top_words, DTYPES[self.dtype], self.projection, self.features
+        )
 
     def _training_data(self, trainer: Trainer) -> TrainingData:
         return training_data(trainer, self.dataloader, self.mode, ids_known=self.sample_id is not None)
@@ -254,23 +273,24 @@ class GradientSnapshot(Callback):
         if self._recorder is not None:
             self._recorder.flush()
         mark = self._seen if self._recorder is None else self._recorder.recorded
-        checkpoint = Checkpoint(step, epoch, mark, self._rates.groups(trainer, module))
-        files: list[Artifact] = []
-        if trainer.is_global_zero:
-            frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
-            files = store.write_weights(step, mark, module.state_dict(), frozen)
-            scales = denominators(trainer, module)
-            if scales:
-                files.append(store.write_preconditioner(step, mark, scales))
+        checkpoint, files = write_checkpoint(store, trainer, module, self._rates, epoch=epoch, mark=mark)
         if self.mode == "replay":
             shards = write_replay(store, plan, self._present_data(trainer), module, trainer, step=step, mark=mark)
             store.commit(*shards)
-        trainer.strategy.barrier("influence-shards")
-        if trainer.is_global_zero:
-            store.commit_checkpoint(checkpoint, files)
-        trainer.strategy.barrier("influence-checkpoint")
-        self._rates.restart()
+        commit_checkpoint(store, trainer, self._rates, checkpoint, files)
         self._staleness.checkpoint = step
+
+    def opened(self, trainer: Trainer, module: LightningModule) -> ArtifactStore:
+        """The store, opened now if it is not open yet, for others that write into it too."""
+        with self._cost.measured():
+            self._prepare(trainer, module)
+        return self.artifacts
+
+    def checkpoint_now(self, trainer: Trainer, module: LightningModule, epoch: int) -> Checkpoint:
+        """The checkpoint of this very moment; made if there is none yet, for others that write into the store too."""
+        with self._cost.measured():
+            self._snapshot(trainer, module, epoch)
+        return next(c for c in self.artifacts.checkpoints() if c.step == trainer.global_step)
 
     def _present_data(self, trainer: Trainer) -> TrainingData:
         """The training data as it is now: loaders may be reloaded, and must then hold the same samples."""

@@ -102,7 +102,7 @@ class InFlightRecorder:
                 found=f"{len(ids)} loaders",
                 hint="use mode='replay' with `dataloader=` for the one whose samples are to be attributed",
             )
-        capture = GradientCapture(self.plan.selection, functional=self.plan.check.functional)
+        capture = self.plan.capture(functional=self.plan.check.functional)
         trained = [p for p in self.plan.selection.parameters.values() if p.requires_grad]
         self._batch = _Batch(ids, trainer.global_step, capture, trained)
         capture.attach()

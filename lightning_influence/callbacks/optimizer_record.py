@@ -16,7 +16,10 @@ from lightning_influence.replay import loss_scale
 
 _SECOND_MOMENTS = ("max_exp_avg_sq", "exp_avg_sq", "square_avg", "sum")
 _OTHER_UPDATES = ("acc_delta", "row_var", "exp_inf")  # Adadelta, Adafactor, Adamax: no lr / (sqrt(v) + eps)
-_RECORDED = ("momentum", "dampening", "nesterov", "betas", "alpha", "eps", "weight_decay", "amsgrad", "maximize")
+_RECORDED = (
+    "momentum", "dampening", "nesterov", "betas", "alpha", "eps", "weight_decay", "decoupled_weight_decay", "amsgrad",
+    "maximize",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

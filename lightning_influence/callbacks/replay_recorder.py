@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -13,9 +14,17 @@ from tqdm.auto import tqdm
 from lightning_influence.artifacts import Artifact, ArtifactStore, BackgroundWriter
 from lightning_influence.callbacks.capture_plan import CapturePlan
 from lightning_influence.errors import CaptureError, LossError
-from lightning_influence.gradients import GradientCapture, Gradients, cat, pack
-from lightning_influence.objective import training_objective
-from lightning_influence.replay import TrainingData, isolated, sample_gradients, shard_positions, walk
+from lightning_influence.gradients import Gradients, cat, pack
+from lightning_influence.objective import Objective, training_objective
+from lightning_influence.replay import (
+    Features,
+    TrainingData,
+    features_of,
+    isolated,
+    sample_gradients,
+    shard_positions,
+    walk,
+)
 
 _SHARD_BYTES = 64 << 20
 
@@ -64,26 +73,27 @@ def _shards(
     span = next(remaining, None)
     bar = tqdm(total=sum(map(len, spans)), desc="per-sample gradients", unit="sample", delay=2.0, leave=False,
                disable=not trainer.is_global_zero or trainer.progress_bar_callback is None)  # fmt: skip
-    with isolated(module, trainer) as manual_losses, bar:
+    watched = features_of(module) if plan.features else nullcontext(Features())
+    with isolated(module, trainer) as manual_losses, bar, watched as features:
         for ids, batch in walk(data, spans, module, trainer):
             where = f"samples {ids.start} to {ids.stop - 1} of the training set"
-            with _named(where):
-                gradients, objective = sample_gradients(
+
+            def objective(batch: Any = batch, count: int = len(ids)) -> Objective:
+                features.seen.clear()  # a scaled backward that overflows runs again
+                return training_objective(
                     module,
-                    GradientCapture(plan.selection),
-                    len(ids),
-                    lambda batch=batch, ids=ids: training_objective(  # type: ignore[misc]
-                        module,
-                        batch,
-                        len(ids),
-                        per_sample_loss=plan.per_sample_loss,
-                        reduction=plan.check.reduction,
-                        manual_losses=manual_losses,
-                    ),
-                    trainer,
+                    batch,
+                    count,
+                    per_sample_loss=plan.per_sample_loss,
+                    reduction=plan.check.reduction,
+                    manual_losses=manual_losses,
                 )
+
+            with _named(where):
+                gradients, found = sample_gradients(module, plan.capture(), len(ids), objective, trainer)
+                seen = {"features": features.rows(len(ids))} if plan.features else {}
             parts.append(plan.stored(gradients, where))
-            records.append({k: v.cpu() for k, v in objective.dynamics().items()})
+            records.append({k: v.cpu() for k, v in {**found.dynamics(), **seen}.items()})
             bar.update(len(ids))
             if span is not None and ids.stop == span.stop:
                 yield span, cat(parts), _joined(records, [len(r) for r in _lengths(span, data.batch_size)])

@@ -6,11 +6,14 @@ import json
 import tempfile
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, SingleDeviceStrategy
 
 from lightning_influence.errors import UnsupportedError
+
+_TRIALS: WeakKeyDictionary[Trainer, dict[str, Path]] = WeakKeyDictionary()  # given folder -> that of a fast_dev_run
 
 
 def refuse_strategy(trainer: Trainer) -> None:
@@ -28,13 +31,17 @@ def refuse_strategy(trainer: Trainer) -> None:
 def shared_folder(trainer: Trainer, folder: str | Path | None) -> Path:
     """The folder of rank zero on every rank: `folder`, or `influence` below the Trainer's log directory.
 
-    A `fast_dev_run` gets a temporary one, so that the real run finds its folder empty.
+    A `fast_dev_run` gets a temporary one, so that the real run finds its folder empty; callbacks that share a folder
+    share that one too.
     """
-    if getattr(trainer, "fast_dev_run", False):
-        folder = tempfile.mkdtemp(prefix="influence-")
-    elif folder is None:
-        folder = Path(trainer.log_dir or trainer.default_root_dir) / "influence"
-    return Path(trainer.strategy.broadcast(str(folder)))
+    if not getattr(trainer, "fast_dev_run", False):
+        folder = Path(trainer.log_dir or trainer.default_root_dir) / "influence" if folder is None else folder
+        return Path(trainer.strategy.broadcast(str(folder)))
+    chosen = str(trainer.strategy.broadcast(str(folder)))
+    trials = _TRIALS.setdefault(trainer, {})
+    if chosen not in trials:
+        trials[chosen] = Path(trainer.strategy.broadcast(tempfile.mkdtemp(prefix="influence-")))
+    return trials[chosen]
 
 
 def the_loader(trainer: Trainer, mode: str) -> Any:
@@ -51,7 +58,7 @@ def the_loader(trainer: Trainer, mode: str) -> Any:
             f"mode='{mode}' attributes to one training set",
             expected="one training loader",
             found=f"{len(loader)} loaders",
-            hint="pass the one whose samples are to be attributed: GradientSnapshot(dataloader=...)",
+            hint="pass the one whose samples are to be attributed as `dataloader=` of the callback",
         )
     return loader
 

@@ -50,10 +50,11 @@ def contents(root: Path) -> dict[str, Any]:
     store = ArtifactStore.open(root)
     assert store.verify() == []
     found: dict[str, Any] = {"checkpoints": store.checkpoints()}
+    moments = {file.step for file in store.artifacts("optimizer")}
     for checkpoint in store.checkpoints():
         for name, value in store.weights(checkpoint).items():
             found[f"{checkpoint.step} {name}"] = value
-        if checkpoint.step:
+        if checkpoint.step in moments:
             for name, value in store.preconditioner(checkpoint).items():
                 found[f"{checkpoint.step} moment {name}"] = value
         if store.manifest.mode == "replay":

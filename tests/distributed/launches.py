@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from lightning_influence import GradientSnapshot
+from lightning_influence import CurvatureSnapshot, GradientSnapshot
 from lightning_influence.callbacks import replay_recorder
+from lightning_influence.curvature import Diagonal
 from lightning_influence.errors import InfluenceError
 from tests.distributed.model import Classifier, Watch, loader, trainer
 
@@ -49,6 +50,27 @@ def fit(folder: str, strategy: str, what: str) -> None:
             runner.save_checkpoint(path)
 
 
+def curvature(folder: str, what: str) -> None:
+    """In double precision: `what` is "plain", or gradients and curvatures in one store, by replay or in flight."""
+    store = snapshot(folder, what, "replay").store
+    ours: dict[str, list[Callback]] = {
+        "plain": [],
+        "curvature": [
+            CurvatureSnapshot(store, labels="sampled", seed=5, at_steps=[4]),
+            GradientSnapshot(store, "head.*", dtype="float64", every_n_epochs=2),
+            CurvatureSnapshot(store, Diagonal(), at_most=21, batch_size=3, every_n_epochs=1),
+        ],
+        "curvature_in_flight": [
+            GradientSnapshot(store, "*", mode="in_flight", dtype="float64"),
+            CurvatureSnapshot(store, Diagonal(), mode="in_flight"),
+        ],
+    }
+    torch.manual_seed(7)
+    options: dict[str, Any] = {"strategy": "ddp", "devices": 2, "accumulate_grad_batches": 2, "precision": "64-true"}
+    runner = trainer(Watch(f"{folder}/{what}"), *ours[what], **options)
+    runner.fit(Classifier(), loader(shuffle=True))
+
+
 def refusals(folder: str) -> None:
     """Both ranks end, rank zero with the library's own error, where it finds a folder that is not empty."""
     Path(folder, "full").mkdir(exist_ok=True)
@@ -63,4 +85,9 @@ if __name__ == "__main__":
     warnings.filterwarnings("ignore")
     for launch in sys.argv[2:]:
         strategy, _, what = launch.partition(":")
-        refusals(sys.argv[1]) if what == "refusals" else fit(sys.argv[1], strategy, what)
+        if what == "refusals":
+            refusals(sys.argv[1])
+        elif strategy == "curvature":
+            curvature(sys.argv[1], what)
+        else:
+            fit(sys.argv[1], strategy, what)
