@@ -19,7 +19,7 @@ demo: $(VENV)/.demo ## train on sentences of Python's own documentation, then as
 	$(BIN)/python recipes/demo.py
 
 test: $(VENV)/.test lint types ## everything that is checked: style, types, tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 lint: $(VENV)/.test ## style (ruff)
 	$(BIN)/python -m ruff check .
