@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import random
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,9 +12,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -216,7 +218,8 @@ def _measured_after(
     with isolate_rng(), torch.inference_mode(False), torch.enable_grad():
         trained.train()
         _without_schedulers(trained)
-        seed_everything(removals.seed, verbose=False)
+        for seeded in (random.seed, np.random.seed, torch.manual_seed):  # seed_everything would stay in os.environ
+            seeded(removals.seed)
         batches = _Batches(len(data), data.batch_size, removed, removals.seed)
         loader = DataLoader(
             data.dataset, batch_sampler=batches, collate_fn=data.collate, num_workers=data.loader.num_workers

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -203,6 +204,8 @@ class InfluenceModule(Questions, LightningModule):
         if self._trainer is None or stage != "predict":
             return
         self.trainer.predict_loop.inference_mode = False
+        if self._prepared is not None:  # Lightning's advice for evaluation: here the order does not matter
+            warnings.filterwarnings("ignore", "Your `predict_dataloader`'s sampler has shuffling enabled")
         refuse_idle_ranks(self.trainer, "queries" if self._prepared is None else "training samples")
         if self.save_to is None and isinstance(self.trainer.strategy.launcher, _MultiProcessingLauncher):
             raise QueryError(

@@ -33,7 +33,14 @@ from lightning_influence.positions import TokenScores, token_scores
 from lightning_influence.query_gradients import QueryGradients
 from lightning_influence.replay import TrainingData, isolated
 from lightning_influence.streaming import batches_of
-from lightning_influence.words import Decoders, WordContribution, readable, table_of_ids, word_contributions
+from lightning_influence.words import (
+    Decoders,
+    WordContribution,
+    readable,
+    sets_of_ids,
+    table_of_ids,
+    word_contributions,
+)
 
 
 class Questions:
@@ -145,9 +152,7 @@ class Questions:
         Raises:
             QueryError: an estimator whose scores only rank, or ids that are no training samples.
         """
-        one = isinstance(sample_ids, Tensor) and sample_ids.ndim == 1
-        one = one or all(isinstance(i, Integral) for i in sample_ids)
-        sets = [torch.as_tensor(ids).reshape(-1).long() for ids in ([sample_ids] if one else sample_ids)]
+        one, sets = sets_of_ids(sample_ids)
         effects = removal_effects(self.stage, self.estimator, self._queries([batch]), sets)
         return effects[:, 0] if one else effects
 

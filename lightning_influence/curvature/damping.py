@@ -42,7 +42,18 @@ class Relative(Damping):
         _refuse_negative("the factor of a relative damping", self.factor)
 
     def of(self, mean_eigenvalue: float) -> float:
-        """`factor` times the mean."""
+        """`factor` times the mean.
+
+        Raises:
+            CurvatureError: a negative mean, as of an indefinite Hessian: λ would make it less positive.
+        """
+        if not mean_eigenvalue >= 0:
+            raise CurvatureError(
+                "a damping relative to the mean eigenvalue has no meaning here",
+                expected="a mean eigenvalue of 0 or more",
+                found=f"{mean_eigenvalue:.3g}: the Hessian is indefinite",
+                hint='pass an absolute damping, for example damping=1e-3, or take matrix="ggn"',
+            )
         return self.factor * mean_eigenvalue
 
     def times(self, factor: float) -> Relative:

@@ -15,7 +15,7 @@ from lightning_influence.curvature.curvature import Curvature, CurvatureStatisti
 from lightning_influence.curvature.eigen import eigen
 from lightning_influence.errors import CurvatureError
 from lightning_influence.gradients import Dense as DenseGradients
-from lightning_influence.gradients import GradientBlock, Gradients
+from lightning_influence.gradients import GradientBlock, Gradients, accumulation_dtype
 
 Shapes: TypeAlias = Mapping[str, tuple[int, ...]]
 
@@ -163,10 +163,11 @@ class Dense(CurvatureStatistics):
             evidence.visit(0, sums.update)
             return BlockDiagonal([sums.block(evidence, evidence.num_samples)])
         operator = evidence.operator(self.matrix)
-        some = next(iter(evidence.selection.parameters.values()))
+        parameters = evidence.selection.parameters.values()
+        some, kind = next(iter(parameters)), accumulation_dtype(*parameters)
         rows = []
         for start in range(0, size, _COLUMNS):
-            unit = torch.zeros(min(_COLUMNS, size - start), size, dtype=some.dtype, device=some.device)
+            unit = torch.zeros(min(_COLUMNS, size - start), size, dtype=kind, device=some.device)
             unit[torch.arange(len(unit)), torch.arange(start, start + len(unit))] = 1
             rows.append(operator.matvec(unit))
         matrix = torch.cat(rows)

@@ -169,16 +169,7 @@ class MatrixFreeCurvature(Curvature):
 
     def _shift(self, damping: Damping) -> float:
         """λ, for which the mean eigenvalue is estimated if it matters."""
-        if isinstance(damping, Absolute):
-            return damping.of(0.0)
-        if not self.mean_eigenvalue >= 0:
-            raise CurvatureError(
-                "a damping relative to the mean eigenvalue has no meaning here",
-                expected="a mean eigenvalue of 0 or more",
-                found=f"{self.mean_eigenvalue:.3g}: the Hessian is indefinite",
-                hint='pass an absolute damping, for example damping=1e-3, or take matrix="ggn"',
-            )
-        return damping.of(self.mean_eigenvalue)
+        return damping.of(0.0 if isinstance(damping, Absolute) else self.mean_eigenvalue)
 
     def _solved(self, b: Tensor, diagonal: Tensor, shift: float, progress: Progress) -> Solution:
         def damped(x: Tensor) -> Tensor:

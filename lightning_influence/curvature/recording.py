@@ -31,6 +31,7 @@ class RecordedCurvature:
         labels, seed, num_samples: over which labels and samples it was taken.
         decay: the weight decay that is part of H, by parameter name.
         stationarity: how near the weights were to a stationary point, where that was looked at.
+        look_ups: embedding weights of which it knows the look-ups alone, without other uses such as a tied head.
     """
 
     curvature: Curvature
@@ -41,6 +42,7 @@ class RecordedCurvature:
     num_samples: int
     decay: Mapping[str, float]
     stationarity: Stationarity | None
+    look_ups: tuple[str, ...] = ()
 
 
 def write_curvature(
@@ -69,6 +71,7 @@ def write_curvature(
         "decay": dict(decay),
         "stationarity": None if look is None else asdict(look),
         "parameters": list(curvature.parameters),
+        "look_ups": sorted(evidence.selection.input_only),
         "config": config,
         **(facts or {}),
     }
@@ -142,6 +145,7 @@ def recorded_curvature(
             num_samples=int(meta["num_samples"]),
             decay={str(n): float(v) for n, v in meta["decay"].items()},
             stationarity=None if look is None else Stationarity(**look),
+            look_ups=tuple(str(n) for n in meta.get("look_ups", ())),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise StoreError(

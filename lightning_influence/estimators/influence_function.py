@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import nn
 
 from lightning_influence.artifacts import Checkpoint
 from lightning_influence.curvature import (
@@ -24,6 +25,7 @@ from lightning_influence.curvature import (
 )
 from lightning_influence.errors import QueryError
 from lightning_influence.estimators.estimator import Estimator, Stage, Term
+from lightning_influence.estimators.tracin import look_ups
 from lightning_influence.gradients import Gradients, select
 from lightning_influence.objective import Labels
 from lightning_influence.replay import TrainingData
@@ -95,13 +97,16 @@ class InfluenceFunction(Estimator):
         """The curvature, read or estimated once for a store."""
         source, store = self._source, stage.store
         files = (*store.artifacts("weights"), *store.artifacts("curvature"))
-        key = (str(store.root), *(file.sha256 for file in files))
+        key: tuple[Any, ...] = (str(store.root), *(file.sha256 for file in files))
+        if isinstance(source, CurvatureStatistics):  # estimated of what is asked about, with the model at hand
+            key = (*key, stage.stored, id(stage.module))
         if key not in self._known:
             if isinstance(source, CurvatureStatistics):
                 found = self._estimated(stage, source)
             else:
                 found = recorded_curvature(store, source)
             _warn_if_half_trained(found)
+            _warn_of_other_uses(stage, found)
             self._known = {key: found}
         return self._known[key]
 
@@ -174,7 +179,7 @@ class InfluenceFunction(Estimator):
         with stage.at(at) as module:
             evidence = TrainingEvidence(
                 module,
-                select(module, list(names)),
+                select(module, list(names), input_only=look_ups(stage.store)),
                 data,
                 labels=self._labels or ("observed" if statistics.from_stored else None),
                 seed=self._seed,
@@ -192,6 +197,7 @@ class InfluenceFunction(Estimator):
             evidence.num_samples,
             decay,
             evidence.stationarity,
+            tuple(sorted(evidence.selection.input_only)),
         )
 
     def _held(self, stage: Stage, at: Checkpoint) -> tuple[str, ...]:
@@ -216,7 +222,15 @@ class InfluenceFunction(Estimator):
         if evidence.projection is not None:
             curvature = ProjectedCurvature(curvature, evidence.projection, evidence.shapes)
         return RecordedCurvature(
-            curvature, statistics.name, at, "observed", self._seed, evidence.num_samples, decay, None
+            curvature,
+            statistics.name,
+            at,
+            "observed",
+            self._seed,
+            evidence.num_samples,
+            decay,
+            None,
+            look_ups(stage.store),
         )
 
 
@@ -272,3 +286,20 @@ def _warn_if_half_trained(found: RecordedCurvature) -> None:
         f"has norm {look.mean_gradient:.3g}, beside {look.sample_gradient:.3g} for a single sample ({look.num_samples} "
         "samples looked at). Influence functions assume a mean gradient near 0. HINT: train longer, or use TracIn."
     )
+
+
+def _warn_of_other_uses(stage: Stage, found: RecordedCurvature) -> None:
+    """Say so where gradients are of an embedding's look-ups alone and the curvature of its tied head too, or the other
+    way round."""
+    if stage.module is None:
+        return
+    names = set(look_ups(stage.store)).symmetric_difference(found.look_ups) & set(found.curvature.parameters)
+    for name in sorted(names):
+        if all(isinstance(layer, (nn.Embedding, nn.EmbeddingBag)) for layer in select(stage.module, name).layers):
+            continue  # tied to nothing: its look-ups are all there is
+        alone, both = ("curvature", "gradients") if name in found.look_ups else ("gradients", "curvature")
+        rank_zero_warn(
+            f"{name!r} is tied: the {alone} of this store are of its look-ups alone, the {both} of its other uses too, "
+            "so that scores are neither those of the one nor of the other. HINT: select 'word_embeddings' in both "
+            "GradientSnapshot and CurvatureSnapshot, or in neither."
+        )

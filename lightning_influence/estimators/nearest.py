@@ -39,11 +39,12 @@ class NearestFirst(Attributor):
     """
 
     def __init__(self, estimator: Estimator, neighbours: int = 1000) -> None:
-        if not isinstance(estimator, Estimator) or neighbours < 1:
+        whole = isinstance(neighbours, int) and not isinstance(neighbours, bool) and neighbours >= 1
+        if not isinstance(estimator, Estimator) or not whole:
             raise QueryError(
                 "this cannot be narrowed down to neighbours",
                 expected="a bilinear estimator, and 1 neighbour or more",
-                found=f"{type(estimator).__name__}, {neighbours} neighbours",
+                found=f"{type(estimator).__name__}, {neighbours!r} neighbours",
                 hint="write NearestFirst(InfluenceFunction(), neighbours=1000)",
             )
         self._estimator, self._neighbours = estimator, neighbours
@@ -81,7 +82,7 @@ class NearestFirst(Attributor):
         """Ids of the nearest training samples of each query, (Q, k), ascending in a row."""
         at = terms[-1].query_at
         shards = stage.store.shards(at)
-        if any("features" not in shard.records for shard in shards):
+        if not shards or any("features" not in shard.records for shard in shards):
             raise QueryError(
                 f"the store holds no features at step {at.step}",
                 expected="features beside the gradients",

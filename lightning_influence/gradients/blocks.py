@@ -144,7 +144,7 @@ class GradientBlock(ABC):
         return Dense(self.dense() + other.dense())
 
     def inner(self, query: GradientBlock) -> Tensor:
-        """⟨query q, sample n⟩ for every pair, (Q, N); ``self`` is the training side.
+        """⟨query q, sample n⟩ for every pair, (Q, N), on the device of the query; ``self`` is the training side.
 
         Queries held in bfloat16 ask for products in it: operands are rounded to 8 bits, a processor with bfloat16
         units sums them in float32, and is several times as fast. All others are multiplied in float32 or more.
@@ -186,7 +186,7 @@ class GradientBlock(ABC):
         out = torch.zeros(self.num_samples, train.num_samples, dtype=kind, device=dense.device)
         for span in spans(train.values.shape[0], train.values.shape[1]):
             values = train.values[span].to(dense.device, kind)  # (M, D)
-            words, owners = train.words[span], train.owners[span]
+            words, owners = train.words[span].to(dense.device), train.owners[span].to(dense.device)
             for q in range(self.num_samples):
                 out[q].index_add_(0, owners, (dense[q, words].to(kind) * values).sum(1))
         return out
@@ -256,7 +256,7 @@ class Dense(GradientBlock):
         from lightning_influence.gradients.rows import Rows
 
         if isinstance(query, Rows):
-            return query.inner(self).T
+            return query.to(device=self.device).inner(self).T.to(query.device)
         return super().inner(query)
 
     def against_factors(self, train: Factored) -> Tensor:

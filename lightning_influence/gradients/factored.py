@@ -117,10 +117,10 @@ class Factored(GradientBlock):
             return super().inner(query)
         kind = accumulation_dtype(self.inputs, self.output_grads, query.inputs, query.output_grads)
         query_inputs, query_grads = query.inputs.to(kind), query.output_grads.to(kind)
-        out = torch.empty(q, n, dtype=kind, device=self.device)
+        out = torch.empty(q, n, dtype=kind, device=query.device)
         for mine in spans(n, s * t):
-            inputs = self.inputs[mine].to(kind).flatten(0, 1).T  # (I, nT)
-            grads = self.output_grads[mine].to(kind).flatten(0, 1).T  # (O, nT)
+            inputs = self.inputs[mine].to(query.device, kind).flatten(0, 1).T  # (I, nT)
+            grads = self.output_grads[mine].to(query.device, kind).flatten(0, 1).T  # (O, nT)
             for theirs in spans(q, s * inputs.shape[1]):
                 products = query_inputs[theirs].flatten(0, 1) @ inputs  # (qS, nT)
                 products *= query_grads[theirs].flatten(0, 1) @ grads

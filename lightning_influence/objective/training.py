@@ -48,8 +48,8 @@ class Objective:
         total = self.total.detach() if self.losses is None else self.losses.detach()
         if self.losses is None:
             told = torch.where(self.scale > 0, told / self.scale.to(told), 0.0).sum()
-        eps = max(torch.finfo(call.input.dtype).eps, torch.finfo(total.dtype).eps)
-        return torch.allclose(told, total.to(told), rtol=eps**0.5, atol=64 * eps, equal_nan=True)
+        eps = torch.finfo(call.output.dtype).eps
+        return torch.allclose(told, total.to(told), rtol=eps**0.5, atol=eps, equal_nan=True)
 
     def each(self) -> Tensor:
         """The value of every sample alone, (N,); differentiable.

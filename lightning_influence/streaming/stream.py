@@ -97,9 +97,11 @@ class TrainingStream:
             if failure is not None:
                 raise failure
         if self._file is not None:
-            if self._trainer.is_global_zero:
-                self._file.join()
-            self._trainer.strategy.barrier("scores joined")
+            try:
+                if self._trainer.is_global_zero:
+                    self._file.join()
+            finally:
+                self._trainer.strategy.barrier("scores joined")  # a full disk must not leave the others waiting
         highest, lowest = self._tops()
         for _, high, low in outcomes:
             highest.merge(high)

@@ -160,6 +160,7 @@ def as_first_run(call: LayerCall) -> Iterator[None]:
     with (
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         sdpa_kernel(SDPBackend.MATH),
+        torch.enable_grad(),  # recurrent layers keep what their backward needs only then
         torch.autocast(device.type, call.autocast, enabled=call.autocast is not None, cache_enabled=False),
     ):
         yield
