@@ -10,7 +10,7 @@ from lightning_influence.artifacts import UNBOUNDED, ArtifactStore
 from lightning_influence.errors import InfluenceError
 
 _COMMANDS = {
-    "inspect": "say what a store holds: training set, model, gradients, checkpoints and their learning rates",
+    "inspect": "say what a store holds: training set, model, gradients, checkpoints, learning rates and curvatures",
     "verify": "compare every file of a store with its checksum; exit status 1 if anything is wrong",
 }
 
@@ -40,7 +40,7 @@ def inspected(store: ArtifactStore) -> tuple[str, int]:
         f"{store.root}: {manifest.mode}, written by lightning_influence {manifest.library_version}",
         f"  training set  {length}, fingerprint {manifest.dataset_fingerprint or 'none'}",
         f"  model         {manifest.module_class}, {len(manifest.parameters)} parameters",
-        f"  gradients     {', '.join(manifest.selected)} as {manifest.dtype}",
+        f"  gradients     {', '.join(manifest.selected) or 'none'} as {manifest.dtype}",
         f"  size          {sum(file.bytes for file in files) / 1e6:.1f} MB in {len(files)} files",
         f"  sign          {manifest.sign_convention}",
         *(f"  {name:12}  {_value(value)}" for name, value in manifest.facts.items()),
@@ -52,7 +52,22 @@ def inspected(store: ArtifactStore) -> tuple[str, int]:
                 f"  {checkpoint.step:12d}  {checkpoint.epoch:5d}  {group.learning_rate:9.3g}  "
                 f"{group.learning_rate_sum:12.3g}  {group.optimizer} of {len(group.parameters)} parameters"
             )
+    curvatures = store.artifacts("curvature")
+    if curvatures:
+        lines.append(f"  {'step':>12}  {'curvature':16}  {'labels':8}  {'samples':>8}  {'MB':>7}  parameters")
+    for file in curvatures:
+        facts = file.meta
+        lines.append(
+            f"  {file.step:12d}  {facts.get('name')!s:16}  {facts.get('labels') or 'all'!s:8}  "
+            f"{facts.get('num_samples')!s:>8}  {file.bytes / 1e6:7.1f}  {_counted(facts.get('parameters'))}"
+        )
     return "\n".join(lines), 0
+
+
+def _counted(names: object) -> str:
+    """A few names, or how many they are."""
+    known = [str(name) for name in names] if isinstance(names, (list, tuple)) else []
+    return ", ".join(known) if len(known) <= 4 else f"{len(known)} of them"
 
 
 def verified(store: ArtifactStore) -> tuple[str, int]:

@@ -134,7 +134,7 @@ class InfluenceModule(Questions, LightningModule):
             rank: keep of each query's gradient of a weight matrix only the part of this rank, where that is smaller
                 (Grosse et al. 2023, 2308.03296); the returned `relative_error` says what is lost.
             dtype: type in which query gradients are held, such as `torch.bfloat16`; products are accumulated in float32
-                or more.
+                or more, those of each parameter with bfloat16 then rounded to it.
             scores_file: also keep every score, float32, in this safetensors file: `streamed_scores`. A run that was
                 killed goes on where it was when the same queries are prepared and the same file is given.
 

@@ -7,6 +7,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 import pytest
+import torch
 
 from lightning_influence import ArtifactStore
 from lightning_influence.cli import main
@@ -41,6 +42,16 @@ def test_inspect(store, capsys):
     table = [line.split() for line in said.out.splitlines()[-2:]]
     assert [row[:4] for row in table] == [["10", "0", "0", "0"], ["20", "1", "0.125", "0.25"]]
     assert table[0][4:] == ["SGD", "of", "5", "parameters"]
+
+
+def test_inspect_lists_curvatures(store, capsys):
+    writer, at = ArtifactStore.resume(store.root, store.manifest, None), store.checkpoints()[-1]
+    facts = {"name": "ekfac", "labels": "exact", "num_samples": 14, "parameters": ["head.weight", "head.bias"]}
+    writer.commit(writer.write_curvature(at, "ekfac", {"0.eigenvalues": torch.ones(1, 2, 2)}, facts))
+    assert main(["inspect", str(store.root)]) == 0
+    head, row = capsys.readouterr().out.splitlines()[-2:]
+    assert head.split() == ["step", "curvature", "labels", "samples", "MB", "parameters"]
+    assert row.split() == ["20", "ekfac", "exact", "14", "0.0", "head.weight,", "head.bias"]
 
 
 def test_verify_a_whole_store(store, capsys):

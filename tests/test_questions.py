@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,19 @@ def test_a_removal_changes_m_by_the_mean_of_its_scores(run: Run) -> None:
 def test_a_removal_of_what_is_not_there_is_refused(run: Run, wrong: list[int]) -> None:
     with pytest.raises(QueryError, match="cannot be removed"):
         run.influence().predict_removal(run.batch, wrong)
+
+
+@pytest.mark.parametrize("wrong", [3, torch.tensor(3), [1.5], [[1.0, 2.0]], ["a"], torch.ones(30, dtype=torch.bool)])
+def test_a_removal_of_what_is_no_set_of_ids_is_refused(run: Run, wrong: Any) -> None:
+    with pytest.raises(QueryError, match="must name training samples"):
+        run.influence().predict_removal(run.batch, wrong)
+
+
+def test_ids_in_any_form_name_the_same_removal(run: Run) -> None:
+    ids = torch.tensor([0, 3, 4])
+    expected = run.influence().predict_removal(run.batch, ids)
+    for same in ([0, 3, 4], list(ids), ids.numpy(), tuple(ids.numpy())):
+        assert torch.equal(run.influence().predict_removal(run.batch, same), expected)
 
 
 @pytest.mark.parametrize("estimator", [TracIn(), Random()])
@@ -231,7 +245,7 @@ def test_the_damping_of_a_converged_quadratic_is_small(ridge: Any) -> None:
     """There the undamped inverse is the truth, which a long enough training comes to."""
     module, store, loader, held = ridge
     before = {name: value.clone() for name, value in module.state_dict().items()}
-    state = torch.get_rng_state()
+    state, environment = torch.get_rng_state(), dict(os.environ)
     influence = InfluenceModule(module, store, InfluenceFunction(damping="auto"), train_loader=loader)
     with pytest.raises(QueryError, match="no damping has been chosen"):
         influence.query((torch.zeros(1, 3).double(), torch.zeros(1, 1).double()), k=1)
@@ -240,7 +254,7 @@ def test_the_damping_of_a_converged_quadratic_is_small(ridge: Any) -> None:
     best = max(score for _, score in choice.curve)
     assert best > 0.85 and choice.curve[-1][1] < best
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
-    assert torch.equal(state, torch.get_rng_state())
+    assert torch.equal(state, torch.get_rng_state()) and environment == dict(os.environ)
     recorded = influence.store.manifest.facts["damping"]["dense_hessian"]
     assert recorded["removals"] == 16 and recorded["seconds"] > 0 and len(recorded["curve"]) == len(choice.curve)
     batch = next(iter(held))

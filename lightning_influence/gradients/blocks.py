@@ -146,11 +146,12 @@ class GradientBlock(ABC):
     def inner(self, query: GradientBlock) -> Tensor:
         """⟨query q, sample n⟩ for every pair, (Q, N), on the device of the query; ``self`` is the training side.
 
-        Queries held in bfloat16 ask for products in it: operands are rounded to 8 bits, a processor with bfloat16
-        units sums them in float32, and is several times as fast. All others are multiplied in float32 or more.
+        Queries held in bfloat16 beside gradients in float32 ask for products in it: operands and sums are rounded to 8
+        bits, a processor with bfloat16 units adds up in float32, and is several times as fast. All others are
+        multiplied in float32 or more.
         """
         self._check_alike(query)
-        narrow = query.dtype == torch.bfloat16 and self.dtype != torch.float64
+        narrow = query.dtype == torch.bfloat16 and self.dtype == torch.float32
         wanted = query.written_out(query.dtype if narrow else _accumulated(query.dtype, self.dtype))
         wanted = wanted.flatten(1)  # (Q, P)
         products = []

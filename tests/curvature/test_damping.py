@@ -175,6 +175,13 @@ def test_a_hessian_on_whose_negative_eigenvalue_the_damping_falls():
         indefinite.solve(V, Absolute(0.5))
 
 
+def test_a_share_of_a_negative_mean_is_no_damping():
+    values = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, -30.0]], dtype=torch.float64)
+    indefinite = BlockDiagonal([DenseBlock({"layer.weight": (2, 3)}, torch.diag(values.flatten()))])
+    with pytest.raises(CurvatureError, match="relative to the mean eigenvalue"):
+        indefinite.solve(V, Relative(0.1))
+
+
 def test_a_damping_far_below_the_largest_eigenvalue_is_still_a_damping():
     """In single precision, 0.1 · mean(Λ) of a large layer lies below its rounding of the largest eigenvalue."""
     values = torch.zeros(1000, 2000)

@@ -328,3 +328,11 @@ def test_single_precision_is_kept_and_summed_in_double():
             assert tensor.dtype == torch.float32, name
         error = matrix_of(curvature, shapes) - matrix_of(exact, shapes)
         assert float(error.norm()) < 1e-5 * float(matrix_of(exact, shapes).norm())
+
+
+@pytest.mark.parametrize("matrix", ["ggn", "hessian"])
+def test_the_matrix_of_a_model_in_half_precision_is_held_in_single(matrix):
+    module = model(network).bfloat16()
+    inputs, labels = draws(10, 3).bfloat16(), integers(3, 10, seed=9)
+    curvature = collected(Dense(matrix), module, torch.utils.data.TensorDataset(inputs, labels))
+    assert {tensor.dtype for tensor in curvature.state()[0].values()} == {torch.float32}

@@ -302,6 +302,7 @@ OPTIMIZERS = {
     "sgd": lambda groups: torch.optim.SGD(groups, lr=0.1, weight_decay=0.05),
     "adam": lambda groups: torch.optim.Adam(groups, lr=0.1, weight_decay=0.05),
     "adamw": lambda groups: torch.optim.AdamW(groups, lr=0.1, weight_decay=0.05),
+    "adam, decoupled": lambda groups: torch.optim.Adam(groups, lr=0.1, weight_decay=0.05, decoupled_weight_decay=True),
     "none": lambda groups: torch.optim.SGD(groups, lr=0.1),
 }
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -297,6 +300,52 @@ def test_an_estimate_is_made_once_and_anew_for_other_weights(tmp_path: Path, mon
     assert torch.equal(influence.scores(batch_of(ASKED)), first) and len(made) == 1
     scores(module, stores[1], estimator, train_loader=loader_of(TRAIN))
     assert len(made) == 2
+
+
+def test_what_was_asked_before_does_not_change_what_an_estimate_is_of(tmp_path: Path):
+    """Stored gradients are of one layer; those that stream by are of all, whichever was asked first."""
+    gradients = GradientSnapshot(tmp_path / "s", parameters="hidden.*", dtype="float64")
+    module = fitted(tmp_path, gradients)
+    estimator = InfluenceFunction(Diagonal())
+    influence = InfluenceModule(module, tmp_path / "s", estimator, train_loader=loader_of(TRAIN))
+    stored = estimator.recorded(influence.stage).curvature.parameters
+    streamed = estimator.recorded(replace(influence.stage, stored=False)).curvature.parameters
+    assert all(name.startswith("hidden.") for name in stored)
+    assert set(streamed) == set(all_names(module))
+    other = copy.deepcopy(module)
+    assert estimator.recorded(replace(influence.stage, module=other)) is not estimator.recorded(influence.stage)
+
+
+class Tied(LightningModule):
+    """A bag of words whose output head is its embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        self.head.weight = self.words.weight
+
+    def training_step(self, batch: Any, batch_idx: int = 0) -> Tensor:
+        return F.cross_entropy(self.head(self.words(batch[0]).mean(1)), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("of_gradients", ["word_embeddings", "all"])
+@pytest.mark.parametrize("of_curvature", ["word_embeddings", "all"])
+def test_of_a_tied_embedding_gradients_and_curvature_are_of_the_same_uses(tmp_path: Path, of_gradients, of_curvature):
+    words = torch.arange(24).reshape(8, 3) % 5
+    loader = DataLoader(TensorDataset(words, torch.arange(8) % 5), batch_size=4)
+    module = Tied()
+    gradients = GradientSnapshot(tmp_path / "s", parameters=of_gradients)
+    curvature = CurvatureSnapshot(tmp_path / "s", "diagonal", parameters=of_curvature)
+    quiet(max_epochs=1, callbacks=[gradients, curvature]).fit(module, loader)
+    influence = InfluenceModule(module, tmp_path / "s", InfluenceFunction())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        influence.scores(next(iter(loader)))
+    said = any("is tied" in str(warning.message) for warning in caught)
+    assert said == (of_gradients != of_curvature)
 
 
 # What is refused
