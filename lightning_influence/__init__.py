@@ -42,7 +42,7 @@ from lightning_influence.estimators import (
 )
 from lightning_influence.gradients import FactorProjection, RandomProjection, gradient_rule
 from lightning_influence.module import InfluenceModule
-from lightning_influence.words import WordContribution
+from lightning_influence.queries import WordContribution
 
 __version__ = "0.1.0"
 

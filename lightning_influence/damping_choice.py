@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from lightning_influence.artifacts import ArtifactStore
 from lightning_influence.curvature import Damping, Relative, TrainingEvidence
-from lightning_influence.errors import QueryError
+from lightning_influence.errors import CurvatureError, QueryError
 from lightning_influence.estimators.estimator import Queries, Stage
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.gradients import Dense, Gradients, inner, select
@@ -145,9 +145,7 @@ def choose_damping(
         try:
             foretold = inner(estimator.solved(stage, found, removed, damping), asked).T  # (S, Q)
             curve.append((damping, _agreement(foretold.double().cpu(), changes)))
-        except Exception as error:  # singular at this damping, or one that an iterative solver cannot reach
-            if "damping" not in str(error) and "inverted" not in str(error):
-                raise
+        except CurvatureError:  # singular at this damping, or one that an iterative solver cannot reach
             curve.append((damping, float("nan")))
     best = max(curve, key=lambda pair: -2.0 if pair[1] != pair[1] else pair[1])
     if best[1] != best[1]:
@@ -260,11 +258,10 @@ def _without_schedulers(module: LightningModule) -> None:
 
     def optimizers() -> Any:
         made = own()
-        if isinstance(made, dict):
-            return made["optimizer"]
         if isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], (tuple, list)):
-            return made[0]
-        return made
+            return made[0]  # optimizers, schedulers
+        every = made if isinstance(made, (tuple, list)) else [made]
+        return [one["optimizer"] if isinstance(one, dict) else one for one in every]
 
     module.__dict__["configure_optimizers"] = optimizers
 

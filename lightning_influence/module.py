@@ -21,7 +21,7 @@ from lightning_influence.errors import InfluenceError, QueryError
 from lightning_influence.estimators.estimator import Attributor
 from lightning_influence.fitted import check_model, check_training_data, rebuilt
 from lightning_influence.objective import Measurement, PerSample
-from lightning_influence.query_batches import laid_aside, query_ids, refuse_idle_ranks
+from lightning_influence.queries import laid_aside, query_ids, refuse_idle_ranks
 from lightning_influence.questions import Questions
 from lightning_influence.streaming import Prepared, TrainingStream, prepare, read_scores
 

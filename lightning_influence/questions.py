@@ -29,18 +29,19 @@ from lightning_influence.estimators import InfluenceFunction
 from lightning_influence.estimators.estimator import Attributor, Estimator, Queries, Stage, query_side
 from lightning_influence.estimators.tokens import token_look_ups, token_sequences
 from lightning_influence.objective import Measurement, PerSample
-from lightning_influence.positions import TokenScores, token_scores
-from lightning_influence.query_gradients import QueryGradients
-from lightning_influence.replay import TrainingData, isolated
-from lightning_influence.streaming import batches_of
-from lightning_influence.words import (
+from lightning_influence.queries import (
     Decoders,
+    QueryGradients,
+    TokenScores,
     WordContribution,
     readable,
     sets_of_ids,
     table_of_ids,
+    token_scores,
     word_contributions,
 )
+from lightning_influence.replay import TrainingData, isolated
+from lightning_influence.streaming import batches_of
 
 
 class Questions:

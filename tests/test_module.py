@@ -567,7 +567,7 @@ def test_a_query_without_a_shared_word_costs_nobody_else_an_answer(tmp_path, fit
 
 def test_batches_wait_in_the_main_memory(fit, truth, monkeypatch):
     """Moved there when they are noted, and back one at a time when they are used."""
-    from lightning_influence import query_batches
+    from lightning_influence.queries import batches as query_batches
 
     moves, move = [], query_batches.move_data_to_device
     monkeypatch.setattr(

@@ -354,16 +354,19 @@ class CurvatureSnapshot(Callback):
             data = self._training_data(trainer)
             self._refuse_other_data(len(data), store.manifest.dataset_length)  # loaders may be reloaded
             evidence = self._evidence(trainer, module, selection, data)
-            summed, scales = data.batch_size if self._reduction == "sum" else 1, denominators(trainer, module)
+            own = getattr(trainer.train_dataloader, "batch_size", None) or data.batch_size  # not that of `dataloader=`
+            summed, scales = own if self._reduction == "sum" else 1, denominators(trainer, module)
             evidence.decay = decay = weight_decay(at.groups, selection.names, scales, summed_over=summed)
             if self._in_flight is not None:
                 curvature, facts = self._in_flight.finish(evidence, step)
             else:
                 with as_stored(store, module, at) if older else nullcontext():
                     curvature, facts = self.statistics.collect(evidence), {}
-            if trainer.is_global_zero:
-                write_curvature(store, at, self.statistics, curvature, evidence, decay, facts)
-            trainer.strategy.barrier("influence-curvature")
+            try:
+                if trainer.is_global_zero:
+                    write_curvature(store, at, self.statistics, curvature, evidence, decay, facts)
+            finally:
+                trainer.strategy.barrier("influence-curvature")  # a rank that refuses may end the others
 
     def _is_mine(self, meta: Mapping[str, Any]) -> bool:
         """Whether a file is this callback's, by what is said about it."""

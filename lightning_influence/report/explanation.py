@@ -13,7 +13,7 @@ import torch
 
 from lightning_influence.errors import QueryError
 from lightning_influence.module import InfluenceModule
-from lightning_influence.words import Decoders, WordContribution
+from lightning_influence.queries import Decoders, WordContribution
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_influence.queries.words import WordContribution
 from lightning_influence.report import Description, Evidence, Explanation
-from lightning_influence.words import WordContribution
 
 LONG = (
     "Return a new subclass of tuple named typename, which costs $5 or $10 and is used to create tuple-like objects "

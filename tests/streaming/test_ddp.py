@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from lightning_influence import QueryError
-from lightning_influence.query_batches import refuse_idle_ranks
+from lightning_influence.queries.batches import refuse_idle_ranks
 from tests.stores import Texts, loader_of
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from lightning_influence.estimators.tracin import look_ups
 from lightning_influence.fitted import check_model
 from lightning_influence.gradients import GradientBlock, GradientCapture, Gradients, Selection, cat, select
 from lightning_influence.objective import Measurement, Objective, query_objective
-from lightning_influence.query_batches import Carried, laid_aside, num_queries
+from lightning_influence.queries.batches import Carried, laid_aside, num_queries
 from lightning_influence.replay import isolated, sample_gradients, to_device
 
 _UNLABELLED = (KeyError, IndexError, AttributeError, TypeError, ValueError)  # what a training_step raises then

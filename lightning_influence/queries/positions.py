@@ -68,6 +68,13 @@ def token_scores(
             found="no training data" if stage.module is not None else "no module",
             hint="pass InfluenceModule(module, store, estimator, train_loader=train_loader)",
         )
+    if stage.projection is not None:
+        raise QueryError(
+            "token scores need gradients as they are",
+            expected="a store without a projection",
+            found=f"gradients projected by {stage.projection}",
+            hint="fit with GradientSnapshot(projection=None)",
+        )
     if any(term.train_transform is not unchanged or term.train_weight is not None for term in terms):
         raise QueryError(
             "token scores need training gradients as they are",

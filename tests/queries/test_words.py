@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from lightning_influence import InfluenceModule, TracInWE
 from lightning_influence.estimators.tokens import token_look_ups, token_sequences
-from lightning_influence.words import merge_subwords, readable, spelled
+from lightning_influence.queries.words import merge_subwords, readable, spelled
 from tests.stores import EMBEDDING, VOCABULARY, Classifier, Texts, all_names, batch_of, classifier, group, replay_store
 
 W = "words.weight"
