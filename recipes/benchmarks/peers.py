@@ -27,16 +27,20 @@ class Kronfluence:
         model: left as it is; a copy is analysed.
         folder: where kronfluence writes its factors and scores.
         modules: names of the layers to track; all Linear and Conv2d layers where omitted.
+        padding: word id whose positions do not count; the model's inputs are then word ids.
     """
 
-    def __init__(self, model: nn.Module, folder: Path, modules: Sequence[str] | None = None) -> None:
+    def __init__(
+        self, model: nn.Module, folder: Path, modules: Sequence[str] | None = None, padding: int | None = None
+    ) -> None:
         from kronfluence.analyzer import Analyzer, prepare_model
         from kronfluence.task import Task
 
         class Classification(Task):  # type: ignore[misc]  # an untyped library's class
             def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
                 inputs, labels = batch
-                logits = model(inputs).float()
+                logits = model(inputs)
+                logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
                 if sample:
                     with torch.no_grad():
                         labels = torch.multinomial(logits.softmax(1), 1).squeeze(1)
@@ -48,6 +52,9 @@ class Kronfluence:
             def get_influence_tracked_modules(self) -> list[str] | None:
                 return list(modules) if modules is not None else None
 
+            def get_attention_mask(self, batch: Any) -> Tensor | None:
+                return None if padding is None else (batch[0] != padding).long()
+
         logging.getLogger("kronfluence").setLevel(logging.ERROR)
         task = Classification()
         prepared = prepare_model(copy.deepcopy(model).eval(), task)
@@ -57,16 +64,32 @@ class Kronfluence:
         self._scored = 0
 
     def fit(
-        self, strategy: Strategy, data: TensorDataset, *, batch_size: int, amp_dtype: torch.dtype | None = None
+        self,
+        strategy: Strategy,
+        data: TensorDataset,
+        *,
+        batch_size: int,
+        amp_dtype: torch.dtype | None = None,
+        observed: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Fit the factors of a strategy with labels sampled from the model; name them after the strategy."""
+        """Fit the factors of a strategy with labels sampled from the model, or with those observed; name them after
+        the strategy."""
         from kronfluence.arguments import FactorArguments
 
         self.analyzer.fit_all_factors(
             strategy,
             data,
             per_device_batch_size=batch_size,
-            factor_args=FactorArguments(strategy=strategy, amp_dtype=amp_dtype),
+            factor_args=FactorArguments(
+                strategy=strategy,
+                use_empirical_fisher=observed,
+                amp_dtype=amp_dtype,
+                activation_covariance_dtype=dtype,
+                gradient_covariance_dtype=dtype,
+                per_sample_gradient_dtype=dtype,
+                lambda_dtype=dtype,
+            ),
             overwrite_output_dir=True,
         )
 
@@ -86,10 +109,36 @@ class Kronfluence:
         """Influence scores (Q, N), positive for proponents; damping None is kronfluence's 0.1·mean of a layer."""
         from kronfluence.arguments import ScoreArguments
 
-        self._scored += 1
         arguments = ScoreArguments(
             damping_factor=damping, amp_dtype=amp_dtype, query_gradient_low_rank=low_rank, use_full_svd=full_svd
         )
+        return self._scores(strategy, queries, data, arguments, query_batch_size, train_batch_size)["all_modules"]
+
+    def scores_by_layer(
+        self, strategy: Strategy, queries: TensorDataset, data: TensorDataset, *, dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Influence scores (Q, N) that each layer gives, by its name, with the damping of 0.1·mean."""
+        from kronfluence.arguments import ScoreArguments
+
+        arguments = ScoreArguments(
+            damping_factor=None,
+            compute_per_module_scores=True,
+            score_dtype=dtype,
+            per_sample_gradient_dtype=dtype,
+            precondition_dtype=dtype,
+        )
+        return self._scores(strategy, queries, data, arguments, len(queries), len(data))
+
+    def _scores(
+        self,
+        strategy: Strategy,
+        queries: TensorDataset,
+        data: TensorDataset,
+        arguments: Any,
+        query_batch_size: int,
+        train_batch_size: int,
+    ) -> dict[str, Tensor]:
+        self._scored += 1
         name = f"scores-{self._scored}"
         self.analyzer.compute_pairwise_scores(
             name,
@@ -100,13 +149,13 @@ class Kronfluence:
             per_device_train_batch_size=train_batch_size,
             score_args=arguments,
         )
-        scores: Tensor = self.analyzer.load_pairwise_scores(name)["all_modules"]
+        scores: dict[str, Tensor] = self.analyzer.load_pairwise_scores(name)
         return scores
 
 
-def linear_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Weights and biases of the Linear layers, in order."""
-    return [p for layer in model.modules() if isinstance(layer, nn.Linear) for p in layer.parameters()]
+def layer_parameters(model: nn.Module) -> list[nn.Parameter]:
+    """Weights and biases of the Linear and Conv2d layers, in order."""
+    return [p for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)) for p in layer.parameters()]
 
 
 def curvlinops_operator(
@@ -119,7 +168,7 @@ def curvlinops_operator(
     tuned: bool = True,
     seed: int = 0,
 ) -> Any:
-    """The fitted curvature of the Linear layers, a weight and its bias together.
+    """The fitted curvature of the Linear and Conv2d layers, a weight and its bias together.
 
     Tuned leaves out what curvlinops does by default beside the fit: the passes over the data that count its samples
     and its loss terms, and the check that two products agree.
@@ -130,7 +179,7 @@ def curvlinops_operator(
     operator = {"kfac": KFACLinearOperator, "ekfac": EKFACLinearOperator}[kind](
         model.eval(),
         nn.CrossEntropyLoss(),
-        linear_parameters(model),
+        layer_parameters(model),
         list(DataLoader(data, batch_size)),
         fisher_type=fisher_type,
         separate_weight_and_bias=False,
@@ -152,8 +201,8 @@ def curvlinops_inverse(operator: Any, damping: float) -> Any:
 
 
 def per_sample_gradients(model: nn.Module, data: TensorDataset) -> Tensor:
-    """Gradients (N, P) of each sample's loss with respect to the Linear layers' parameters."""
-    wanted = {id(parameter) for parameter in linear_parameters(model)}
+    """Gradients (N, P) of each sample's loss with respect to the layers' parameters."""
+    wanted = {id(parameter) for parameter in layer_parameters(model)}
     parameters = {name: value.detach() for name, value in model.named_parameters() if id(value) in wanted}
     others = {name: value.detach() for name, value in model.named_parameters() if id(value) not in wanted}
 
