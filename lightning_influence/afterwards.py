@@ -15,6 +15,7 @@ from lightning_influence.artifacts import ArtifactStore, Checkpoint
 from lightning_influence.curvature import (
     CurvatureStatistics,
     TrainingEvidence,
+    refuse_labels,
     statistics_of,
     weight_decay,
     write_curvature,
@@ -59,6 +60,7 @@ def add_curvature(
         CurvatureError, CaptureError, LossError, UnsupportedError: as from `CurvatureSnapshot`.
     """
     chosen = statistics_of(statistics)
+    refuse_labels(chosen, labels)
     _check_arguments(labels, seed, at_most=at_most, batch_size=batch_size)
     known = store if isinstance(store, ArtifactStore) else ArtifactStore.open(store)
     check_model(module, known)

@@ -75,7 +75,7 @@ class Removals:
     Attributes:
         count: at least 16 of them.
         fraction: of the training set in each.
-        steps: optimizer steps of each short training; `None` is a third of those of the fit.
+        steps: optimizer steps of each short training; `None` is a third of those up to the curvature's checkpoint.
         seed: of the parts and of the order of the batches, which is the same in all trainings.
         trainer: arguments for the Trainer of the short trainings, such as `{"accelerator": "gpu"}`.
     """
@@ -113,9 +113,10 @@ def choose_damping(
     """The damping of a grid that foretells small removals best.
 
     For each removed part S the model is trained on, from its final weights and without S, with its own
-    `training_step`, optimizer and batch size; another copy is trained on alike with all samples. The true change of a
-    query's m is the difference of the two; the foretold one is (1/N) <∇m(q), (H + λI)⁻¹ Σ_{z in S} ∇ℓ(z)>. The best λ
-    is the one with the highest Spearman correlation over the removals, averaged over the queries.
+    `training_step`, batch size and a fresh optimizer without its schedulers; another copy is trained on alike with all
+    samples. The true change of a query's m is the difference of the two; the foretold one is
+    (1/N) <∇m(q), (H + λI)⁻¹ Σ_{z in S} ∇ℓ(z)>. The best λ is the one with the highest Spearman correlation over the
+    removals, averaged over the queries.
 
     A training that stops early moves as if it were damped: K gradient steps at rate η have the spectral filter
     (1 − exp(−ηKσ))/σ, which is about 1/(σ + 1/(ηK)). So the best λ of a short training is too large for the fit, by

@@ -81,7 +81,8 @@ class Questions:
         return answers
 
     def scores(self, batch: Any) -> Tensor:
-        """All scores of the batch, (Q, N): positive for proponents, training samples in dataset order.
+        """All scores of the batch, (Q, N): positive for proponents, training samples in dataset order; for an
+        InfluenceFunction changes of m per unit of a sample's weight, for TracIn no amounts.
 
         Samples that were never trained on, as far as records made in flight say, have columns of zeros; `query` does
         not rank them.
@@ -206,7 +207,7 @@ class Questions:
             )
         if self.train_loader is None:
             raise QueryError(
-                "a damping is chosen by training on",
+                "choose_damping trains copies of the model on, and there are no training data",
                 expected="the training data",
                 found="train_loader=None",
                 hint="pass InfluenceModule(..., train_loader=train_loader)",
@@ -255,7 +256,7 @@ class Questions:
                 "k does not fit the number of training samples",
                 expected=f"an integer, 1 <= k <= {length}",
                 found=f"k = {k!r}",
-                hint="choose a smaller k",
+                hint="choose a k in this range",
             )
         return k
 

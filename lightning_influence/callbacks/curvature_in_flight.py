@@ -55,8 +55,8 @@ class CurvatureInFlight:
         if not isinstance(statistics, OnePass):
             raise UnsupportedError(
                 f"{type(statistics).__name__} cannot be summed in flight",
-                expected="statistics of one pass: KFAC() or Diagonal()",
-                found=f"{statistics.name!r}, which walks the training set more than once",
+                expected="sums over one pass of the batches: KFAC(), Diagonal() or ProjectedGram()",
+                found=f"{statistics.name!r}, which is no such sum",
                 hint="use mode='replay', or statistics='kfac'",
             )
         for name, value in settings.items():

@@ -32,6 +32,7 @@ from lightning_influence.callbacks.trainer_support import refuse_strategy, share
 from lightning_influence.curvature import (
     CurvatureStatistics,
     TrainingEvidence,
+    refuse_labels,
     statistics_of,
     weight_decay,
     write_curvature,
@@ -46,8 +47,8 @@ from lightning_influence.self_check import self_check
 
 
 class CurvatureSnapshot(Callback):
-    """Estimate the curvature of the training loss (its Fisher information) and keep it beside the weights, for
-    `InfluenceFunction` (Koh & Liang 2017, 1703.04730; Grosse et al. 2023, 2308.03296) after the fit.
+    """Estimate the curvature of the training loss, by default its Fisher information, and keep it beside the weights:
+    for `InfluenceFunction` (Koh & Liang 2017, 1703.04730; Grosse et al. 2023, 2308.03296) after the fit.
 
     A snapshot is taken at the end of the fit, and before it where `every_n_epochs` or `at_steps` say so. It walks the
     training set in eval mode, isolated from the run: training is bit-identical with and without it. With a
@@ -58,8 +59,8 @@ class CurvatureSnapshot(Callback):
         statistics: how: `"ekfac"`, `"kfac"`, `"diagonal"`, or an object such as `EKFAC()`, `LowRank(rank=100)`.
         parameters: of which parameters, as in `GradientSnapshot`; `"all"` trained ones by default.
         labels: `"exact"`: over all labels, `"sampled"`: one drawn from the model's own distribution, `"observed"`: the
-            given ones (empirical Fisher); `None`: exact where a sample has at most 32 outputs, else sampled; observed
-            where the loss tells no distribution.
+            given ones (empirical Fisher); `None`: exact where a sample has one class and at most 32 outputs; sampled
+            where each of its tokens has a class, or there are more; observed where the loss tells no distribution.
         every_n_epochs: also at the end of every n-th epoch.
         at_steps: also after these optimizer steps.
         at_most: walk a random part of so many samples; `None` is all.
@@ -103,6 +104,7 @@ class CurvatureSnapshot(Callback):
         folder_or_none("store", store)
         whole_number(seed=seed)
         self.store, self.statistics = store, statistics_of(statistics)
+        refuse_labels(self.statistics, labels)
         self.parameters, self.labels = names("parameters", parameters), labels
         self.every_n_epochs, self.at_steps = every_n_epochs, steps("at_steps", at_steps)
         self.at_most, self.batch_size, self.seed = at_most, batch_size, seed

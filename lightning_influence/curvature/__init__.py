@@ -15,6 +15,7 @@ from lightning_influence.curvature.projected import ProjectedCurvature, Projecte
 from lightning_influence.curvature.recording import (
     RecordedCurvature,
     recorded_curvature,
+    refuse_labels,
     statistics_of,
     weight_decay,
     write_curvature,
@@ -51,6 +52,7 @@ __all__ = [
     "TrainingEvidence",
     "as_damping",
     "recorded_curvature",
+    "refuse_labels",
     "statistics_of",
     "stored_projection",
     "weight_decay",

@@ -99,7 +99,7 @@ class BlockDiagonal(Curvature):
                 f"this curvature has no entries between {', '.join(cross)} and {', '.join(chosen)}",
                 expected="rows and columns of the same layers",
                 found="layers that a block-diagonal curvature keeps apart",
-                hint="take MatrixFree() or Dense(), which know all of H",
+                hint="take MatrixFree() or curvature.Dense(), which know all of H",
             )
         return {name: product[name] for name in wanted}
 

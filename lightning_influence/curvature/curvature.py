@@ -138,6 +138,12 @@ class CurvatureStatistics(ABC):
     """
 
     name: ClassVar[str]
+
+    @property
+    def uses_labels(self) -> bool:
+        """Whether the estimate is taken over labels; if not, it is made of products with exact second derivatives."""
+        return True
+
     from_stored: ClassVar[bool] = False
 
     @abstractmethod
@@ -163,6 +169,16 @@ class Accumulator(ABC):
     @abstractmethod
     def finish(self, evidence: Evidence, num_samples: int) -> Curvature:
         """The curvature of what was added in all processes, `num_samples` together."""
+
+
+def nothing_seen() -> CurvatureError:
+    """The error of statistics that were given no batch."""
+    return CurvatureError(
+        "there is nothing to estimate a curvature from",
+        expected="at least one batch in every process",
+        found="none",
+        hint="use fewer processes, or a larger part of the training set",
+    )
 
 
 class OnePass(CurvatureStatistics):

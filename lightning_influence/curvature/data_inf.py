@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.curvature import Curvature, CurvatureStatistics, Evidence
+from lightning_influence.curvature.curvature import Curvature, CurvatureStatistics, Evidence, nothing_seen
 from lightning_influence.curvature.damping import Damping
 from lightning_influence.curvature.layout import by_layer
 from lightning_influence.curvature.stored import StoredEvidence
@@ -60,7 +60,7 @@ class DataInfCurvature(Curvature):
                 f"this curvature has no entries between {', '.join(cross)} and {', '.join(chosen)}",
                 expected="rows and columns of the same layers",
                 found="layers that DataInf keeps apart",
-                hint="take MatrixFree or Dense('hessian'), which know all of H",
+                hint="take MatrixFree or curvature.Dense('hessian'), which know all of H",
             )
         product = self._summed(chosen, wanted, None)
         for name, decay in self._decay.items():
@@ -189,12 +189,7 @@ class DataInf(CurvatureStatistics):
 
         evidence.visit(0, add)
         if not squares:
-            raise CurvatureError(
-                "there is nothing to estimate a curvature from",
-                expected="at least one batch in every process",
-                found="none",
-                hint="use fewer processes, or a larger part of the training set",
-            )
+            raise nothing_seen()
         layers = by_layer(tuple(squares))
         count = evidence.num_samples
         means = [

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.block_diagonal import BlockDiagonal, CurvatureBlock, expect_shapes, shifted
-from lightning_influence.curvature.curvature import Curvature, CurvatureStatistics, Evidence
+from lightning_influence.curvature.curvature import Curvature, CurvatureStatistics, Evidence, nothing_seen
 from lightning_influence.curvature.eigen import eigen
 from lightning_influence.errors import CurvatureError
 from lightning_influence.gradients import Dense as DenseGradients
@@ -112,12 +112,7 @@ class OuterSums:
     def block(self, evidence: Evidence, num_samples: int) -> DenseBlock:
         """The mean over the samples of all processes."""
         if self.total is None:
-            raise CurvatureError(
-                "there is nothing to estimate a curvature from",
-                expected="at least one batch in every process",
-                found="none",
-                hint="use fewer processes, or a larger part of the training set",
-            )
+            raise nothing_seen()
         return DenseBlock(self.shapes, (evidence.reduce(self.total) / num_samples).to(self.dtype))
 
 
@@ -142,6 +137,11 @@ class Dense(CurvatureStatistics):
     def name(self) -> str:  # type: ignore[override]
         """What its artifacts are called: `dense_` and the matrix."""
         return f"dense_{self.matrix}"
+
+    @property
+    def uses_labels(self) -> bool:
+        """Of the Fisher matrix alone."""
+        return self.matrix == "fisher"
 
     def collect(self, evidence: Evidence) -> Curvature:
         """The whole matrix.

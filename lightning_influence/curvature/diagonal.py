@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.block_diagonal import BlockDiagonal, CurvatureBlock, shifted
-from lightning_influence.curvature.curvature import Accumulator, Curvature, Evidence, OnePass
+from lightning_influence.curvature.curvature import Accumulator, Curvature, Evidence, OnePass, nothing_seen
 from lightning_influence.gradients import Gradients, Rows, Selection
 
 
@@ -85,6 +85,8 @@ class SquareSums:
 
     def blocks(self, evidence: Evidence, num_samples: int) -> list[DiagonalBlock]:
         """The mean over the samples of all processes."""
+        if not self.sums:
+            raise nothing_seen()
         return [
             DiagonalBlock(name, (evidence.reduce(total) / num_samples).to(self.dtypes[name]))
             for name, total in self.sums.items()

@@ -21,7 +21,14 @@ import torch
 from torch import Tensor
 
 from lightning_influence.curvature.block_diagonal import BlockDiagonal, CurvatureBlock, expect_shapes, shifted
-from lightning_influence.curvature.curvature import Accumulator, Curvature, CurvatureStatistics, Evidence, OnePass
+from lightning_influence.curvature.curvature import (
+    Accumulator,
+    Curvature,
+    CurvatureStatistics,
+    Evidence,
+    OnePass,
+    nothing_seen,
+)
 from lightning_influence.curvature.eigen import eigen
 from lightning_influence.curvature.layout import LayerBlock, layer_blocks
 from lightning_influence.curvature.rotation import Rotation, pieces
@@ -286,12 +293,7 @@ class _Factors(Accumulator):
     def known(self) -> list[_MatrixSums | _RowsSums | WholeSums]:
         """The layers, which the first batch showed."""
         if self.layers is None:
-            raise CurvatureError(
-                "there is nothing to estimate a curvature from",
-                expected="at least one batch in every process",
-                found="none",
-                hint="use fewer processes, or a larger part of the training set",
-            )
+            raise nothing_seen()
         return self.layers
 
     def _sums(self, block: LayerBlock, gradients: Gradients) -> _MatrixSums | _RowsSums | WholeSums:
@@ -313,11 +315,19 @@ class _Factors(Accumulator):
 class KFAC(OnePass):
     """Kronecker-factored curvature: one pass over the training set (Martens & Grosse 2015, 1503.05671).
 
+        H ≈ A ⊗ G,  A = mean over positions of a aᵀ,  G = (1/N) Σ_n Σ_t g gᵀ
+
+    with a the inputs of a layer (1 appended for its bias) and g the gradients at its output. Positions without a
+    gradient, such as padding, do not count.
+
     Serves Linear, Conv1d/2d/3d (groups kept apart), Embedding and MultiheadAttention (its packed projection as three
     groups); the other parameters of a layer (LayerNorm) exactly where they are few, else by their diagonal.
 
     Args:
         exact_up_to: number of weights up to which the parameters of other layers get a whole matrix.
+
+    Raises:
+        CurvatureError: when it is collected: a layer with a weight matrix and without a Kronecker form, named.
     """
 
     name = "kfac"
@@ -334,8 +344,15 @@ class EKFAC(CurvatureStatistics):
     """Eigenvalue-corrected K-FAC: a second pass measures the curvature along the eigenvectors of the first
     (George et al. 2018, 1806.03884; for influence: Grosse et al. 2023, 2308.03296).
 
+        H ≈ (Q_A ⊗ Q_G) diag(Λ) (Q_A ⊗ Q_G)ᵀ,  Λ = (1/N) Σ_n (Q_Gᵀ ∇W ℓ_n Q_A)²
+
+    with Q_A, Q_G the eigenvectors of K-FAC's A and G, and the gradients of whole samples.
+
     Args:
         exact_up_to: as in `KFAC`.
+
+    Raises:
+        CurvatureError: as `KFAC`.
     """
 
     name = "ekfac"

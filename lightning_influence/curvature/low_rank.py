@@ -61,6 +61,11 @@ class LowRank(CurvatureStatistics):
         """What its artifacts are called: `low_rank_` and the matrix."""
         return f"low_rank_{self.matrix}"
 
+    @property
+    def uses_labels(self) -> bool:
+        """False."""
+        return False
+
     def collect(self, evidence: Evidence) -> LowRankCurvature:
         """The eigenpairs; fewer than `rank` where the others are zero."""
         parameters = evidence.selection.parameters

@@ -62,6 +62,11 @@ class MatrixFree(CurvatureStatistics):
                 )
         self.matrix, self.solver, self.tolerance, self.max_iterations = matrix, solver, tolerance, max_iterations
 
+    @property
+    def uses_labels(self) -> bool:
+        """False."""
+        return False
+
     def collect(self, evidence: Evidence) -> MatrixFreeCurvature:
         """The curvature, which keeps hold of the evidence: its products are those of the weights at the time."""
         return MatrixFreeCurvature(self, _Matrix(evidence, self.matrix))
@@ -92,11 +97,13 @@ class _Matrix:
 
 
 class MatrixFreeCurvature(Curvature):
-    """What `MatrixFree` collects.
+    """What `MatrixFree` collects: products run at the weights that the model has when they are asked for.
 
     Attributes:
         last_solution: what the last `solve` found, its residuals and iterations.
     """
+
+    needs_model = True
 
     def __init__(self, settings: MatrixFree, matrix: _Matrix, decay: Mapping[str, float] | None = None) -> None:
         self._settings, self._matrix, self._space = settings, matrix, matrix.space
@@ -200,7 +207,7 @@ class MatrixFreeCurvature(Curvature):
 def _never_stored() -> CurvatureError:
     return CurvatureError(
         "a matrix-free curvature is never stored",
-        expected="a curvature with tensors, such as that of EKFAC(), LowRank() or Dense()",
+        expected="a curvature with tensors, such as that of EKFAC(), LowRank() or curvature.Dense()",
         found="products that are computed from the model and its training set when they are asked for",
         hint="pass MatrixFree() to the estimator, InfluenceFunction(curvature=MatrixFree()), not to CurvatureSnapshot",
     )

@@ -252,7 +252,7 @@ def _of_distribution(predictive: Distribution) -> tuple[Tensor, Callable[[Tensor
             "the Gauss–Newton matrix of this predictive distribution is not known",
             expected="Categorical, OneHotCategorical, Bernoulli or Normal, or one of these as Independent",
             found=type(predictive).__name__,
-            hint='take matrix="hessian", or Dense("fisher"), EKFAC() or another estimate by labels',
+            hint='take matrix="hessian", or curvature.Dense("fisher"), EKFAC() or another estimate by labels',
         )
     weight = weight.detach()
     return z, lambda u: weight * u

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from lightning_influence.curvature.block_diagonal import BlockDiagonal
-from lightning_influence.curvature.curvature import Accumulator, Curvature, Evidence, OnePass
+from lightning_influence.curvature.curvature import Accumulator, Curvature, Evidence, OnePass, nothing_seen
 from lightning_influence.curvature.damping import Damping
 from lightning_influence.curvature.dense import OuterSums
 from lightning_influence.curvature.layout import by_layer
@@ -186,11 +186,6 @@ class _Grams(Accumulator):
 
     def finish(self, evidence: Evidence, num_samples: int) -> Curvature:
         if not self._blocks:
-            raise CurvatureError(
-                "there is nothing to estimate a curvature from",
-                expected="at least one batch in every process",
-                found="none",
-                hint="use fewer processes, or a larger part of the training set",
-            )
+            raise nothing_seen()
         inner = BlockDiagonal([block.block(evidence, num_samples) for block in self._blocks])
         return inner if self._projection is None else ProjectedCurvature(inner, self._projection, self._shapes)

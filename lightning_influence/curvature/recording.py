@@ -65,7 +65,7 @@ def write_curvature(
         "kind": curvature.kind,
         "name": statistics.name,
         "statistics": {"class": type(statistics).__name__, **statistics.settings()},
-        "labels": evidence.labels,
+        "labels": evidence.labels if statistics.uses_labels else None,
         "seed": evidence.seed,
         "num_samples": evidence.num_samples,
         "decay": dict(decay),
@@ -121,6 +121,8 @@ def recorded_curvature(
             found=", ".join(names) or "none: it was written without a CurvatureSnapshot",
             hint=f"pass curvature={names[0]!r}"
             if several
+            else f"pass curvature={names[0]!r}, or fit with callbacks=[..., CurvatureSnapshot(statistics={name!r})]"
+            if names
             else "fit with callbacks=[..., CurvatureSnapshot(store)], add one afterwards with add_curvature(...), or "
             "use InfluenceFunction(curvature=MatrixFree()), which needs nothing stored",
         )
@@ -156,6 +158,17 @@ def recorded_curvature(
         ) from error
 
 
+def refuse_labels(statistics: CurvatureStatistics, labels: str | None) -> None:
+    """CurvatureError for labels that the statistics have no use for."""
+    if labels is not None and not statistics.uses_labels:
+        raise CurvatureError(
+            f"labels have no effect on the curvature {statistics.name!r}",
+            expected="labels=None",
+            found=f"labels={labels!r}",
+            hint="it is made of exact second derivatives; EKFAC(), KFAC() and Diagonal() are taken over labels",
+        )
+
+
 _BY_NAME: dict[str, Callable[[], CurvatureStatistics]] = {"ekfac": EKFAC, "kfac": KFAC, "diagonal": Diagonal}
 
 
@@ -172,7 +185,7 @@ def statistics_of(statistics: CurvatureStatistics | str) -> CurvatureStatistics:
             "unknown curvature statistics",
             expected=", ".join(map(repr, _BY_NAME)) + ", or an object such as EKFAC()",
             found=repr(statistics),
-            hint="pass an instance for settings: EKFAC(exact_up_to=1024), LowRank(rank=50), Dense('hessian')",
+            hint="pass an instance for settings: EKFAC(exact_up_to=1024), LowRank(rank=50), curvature.Dense('hessian')",
         )
     return _BY_NAME[statistics]()
 

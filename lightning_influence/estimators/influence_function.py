@@ -21,6 +21,7 @@ from lightning_influence.curvature import (
     TrainingEvidence,
     as_damping,
     recorded_curvature,
+    refuse_labels,
     weight_decay,
 )
 from lightning_influence.errors import QueryError
@@ -30,7 +31,7 @@ from lightning_influence.gradients import Gradients, select
 from lightning_influence.objective import Labels
 from lightning_influence.replay import TrainingData
 
-DampingChoice: TypeAlias = Damping | float | Literal["auto"] | None
+DampingArgument: TypeAlias = Damping | float | Literal["auto"] | None
 
 _FAR_FROM_STATIONARY = 0.1  # mean gradient over the root mean square of single samples' gradients, less their noise
 
@@ -52,7 +53,8 @@ class InfluenceFunction(Estimator):
         damping: λ: a number, `Relative(factor)` of the mean eigenvalue of each block, `None` for a tenth of it
             (Grosse et al. 2023, 2308.03296), or `"auto"` for what `choose_damping` has found for this store.
         parameters: glob or globs over parameter names; `None` takes all that curvature and gradients are known of.
-        labels, seed: of statistics that are estimated when they are needed, as in `CurvatureSnapshot`.
+        labels, seed: of statistics that are estimated when they are needed, as in `CurvatureSnapshot`; `None` is
+            `"observed"` for `DataInf` and `ProjectedGram`.
 
     Raises:
         QueryError: the store lacks the gradients, the model or the training data that this needs.
@@ -65,7 +67,7 @@ class InfluenceFunction(Estimator):
         self,
         curvature: str | CurvatureStatistics | None = None,
         *,
-        damping: DampingChoice = None,
+        damping: DampingArgument = None,
         parameters: str | Sequence[str] | None = None,
         labels: Labels | None = None,
         seed: int = 0,
@@ -77,6 +79,8 @@ class InfluenceFunction(Estimator):
                 found=repr(curvature),
                 hint="write InfluenceFunction('ekfac') or InfluenceFunction(MatrixFree())",
             )
+        if isinstance(curvature, CurvatureStatistics):
+            refuse_labels(curvature, labels)
         self.damping: Damping | Literal["auto"] = "auto" if damping == "auto" else as_damping(damping)
         self._source, self._labels, self._seed = curvature, labels, seed
         self._globs = (parameters,) if isinstance(parameters, str) else parameters
@@ -123,10 +127,10 @@ class InfluenceFunction(Estimator):
         if not isinstance(value, dict):
             raise QueryError(
                 f"no damping has been chosen for the curvature {found.name!r} of this store",
-                expected="a finished choose_damping(influence, train_loader, held_out_loader)",
+                expected="a finished influence.choose_damping(val_loader)",
                 found=f"choices for {', '.join(chosen) if isinstance(chosen, dict) and chosen else 'none'}",
-                hint="call influence.choose_damping(train_loader, held_out_loader) once, or pass damping=None for the "
-                "default of a tenth of the mean eigenvalue",
+                hint="call influence.choose_damping(val_loader) once, on an InfluenceModule(..., train_loader=...), or "
+                "pass damping=None for the default of a tenth of the mean eigenvalue",
             )
         return Damping.from_record(value)
 

@@ -12,7 +12,7 @@ from lightning_influence.gradients.blocks import (
 )
 from lightning_influence.gradients.capture import GradientCapture
 from lightning_influence.gradients.factored import Factored
-from lightning_influence.gradients.low_rank import LowRank
+from lightning_influence.gradients.low_rank import LowRankGradients
 from lightning_influence.gradients.projection import FactorProjection, Projection, RandomProjection
 from lightning_influence.gradients.rows import Rows
 from lightning_influence.gradients.rules import LayerCall, gradient_rule
@@ -26,7 +26,7 @@ __all__ = [
     "GradientCapture",
     "Gradients",
     "LayerCall",
-    "LowRank",
+    "LowRankGradients",
     "Projection",
     "RandomProjection",
     "Rows",

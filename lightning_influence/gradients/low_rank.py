@@ -1,4 +1,4 @@
-"""LowRank: queries' gradients of a weight as products of two thin factors, for contractions that form no gradient."""
+"""LowRankGradients: queries' gradients of a weight as products of two thin factors, to contract without forming one."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _EXACT = 512  # shorter side up to which singular vectors are computed exactly
 _OVERSAMPLED, _POWERS = 16, 2  # of the randomised range finder (Halko, Martinsson & Tropp 2011, 0909.4061)
 
 
-class LowRank(GradientBlock):
+class LowRankGradients(GradientBlock):
     """∇m_q ≈ Σ_r left[q,r] ⊗ right[q,r], the R largest singular triplets: for queries, which are not stored.
 
     Args:
@@ -43,7 +43,7 @@ class LowRank(GradientBlock):
             raise ValueError(f"factors {tuple(left.shape)}, {tuple(right.shape)} do not make {self._shape}")
 
     @classmethod
-    def of(cls, block: GradientBlock, rank: int) -> LowRank:
+    def of(cls, block: GradientBlock, rank: int) -> LowRankGradients:
         """The best approximation of this rank to every gradient of a matrix-like parameter.
 
         Large matrices are decomposed by a seeded randomised range finder, so every process finds the same.
@@ -115,21 +115,21 @@ class LowRank(GradientBlock):
             chosen = torch.arange(mine.start, mine.stop)
             formed = train.select(chosen).dense().flatten(1).to(self.device, kind)  # (n, P)
             for theirs in spans(self.num_samples, size):
-                whole = LowRank(self.left[theirs], self.right[theirs], self._shape).dense()
+                whole = LowRankGradients(self.left[theirs], self.right[theirs], self._shape).dense()
                 out[theirs, mine] = whole.flatten(1).to(kind) @ formed.T
         return out
 
-    def select(self, index: Tensor) -> LowRank:
+    def select(self, index: Tensor) -> LowRankGradients:
         index = index.to(self.device)
-        return LowRank(self.left[index], self.right[index], self._shape)
+        return LowRankGradients(self.left[index], self.right[index], self._shape)
 
-    def scaled(self, weights: Tensor) -> LowRank:
+    def scaled(self, weights: Tensor) -> LowRankGradients:
         weights = weights.to(self.device, accumulation_dtype(self.left)).view(-1, 1, 1)
-        return LowRank((self.left * weights).to(self.left.dtype), self.right, self._shape)
+        return LowRankGradients((self.left * weights).to(self.left.dtype), self.right, self._shape)
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRank:
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> LowRankGradients:
         device = device or self.device
-        return LowRank(
+        return LowRankGradients(
             self.left.to(device=device, dtype=dtype or self.left.dtype),
             self.right.to(device=device, dtype=dtype or self.right.dtype),
             self._shape,
@@ -139,11 +139,11 @@ class LowRank(GradientBlock):
         return {"left": self.left, "right": self.right, "shape": torch.tensor(self._shape)}
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LowRank:
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LowRankGradients:
         return cls(tensors["left"], tensors["right"], [int(size) for size in tensors["shape"]])
 
     @classmethod
-    def join(cls, blocks: Sequence[LowRank]) -> LowRank:
+    def join(cls, blocks: Sequence[LowRankGradients]) -> LowRankGradients:
         highest = max(block.rank for block in blocks)
 
         def padded(factor: Tensor) -> Tensor:

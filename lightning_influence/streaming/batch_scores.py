@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from lightning_influence.estimators.estimator import restricted
-from lightning_influence.gradients import GradientBlock, GradientCapture, LowRank, Selection, inner
+from lightning_influence.gradients import GradientBlock, GradientCapture, LowRankGradients, Selection, inner
 from lightning_influence.objective import Objective
 from lightning_influence.replay import autocast, loss_scale
 from lightning_influence.streaming.prepared import Part
@@ -32,7 +32,7 @@ def batch_scores(
     scale = loss_scale(trainer)
     in_hook = all(term.linear for term in part.terms)
     held = [block for term in part.terms for block in term.queries.values()]
-    thin = any(isinstance(block, LowRank) or block.dtype == torch.bfloat16 for block in held)
+    thin = any(isinstance(block, LowRankGradients) or block.dtype == torch.bfloat16 for block in held)
     while True:
         scores = _Scores(part)
         capture = GradientCapture(selection, factored=thin, consumer=scores.add if in_hook else None)

@@ -23,7 +23,7 @@ from lightning_influence.estimators.estimator import (
     query_side,
     unchanged,
 )
-from lightning_influence.gradients import Dense, Factored, GradientBlock, Gradients, LowRank, cat
+from lightning_influence.gradients import Dense, Factored, GradientBlock, Gradients, LowRankGradients, cat
 from lightning_influence.samples import fingerprint
 
 _MOST_BYTES = 1 << 30  # of query gradients that wait to be compressed
@@ -133,7 +133,9 @@ def prepare(
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
         raise QueryError("rank must be a positive integer", expected=">= 1", found=repr(rank), hint="try 32")
     if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise QueryError("dtype must be a floating type", expected="such as torch.bfloat16", found=repr(dtype), hint="")
+        raise QueryError(
+            "dtype must be a floating type", expected="such as torch.bfloat16", found=repr(dtype), hint="leave it out"
+        )
     terms = estimator.terms(stage)
     _refuse_stored(terms)
     asked = queries(batches)
@@ -219,7 +221,7 @@ def _compressed(block: GradientBlock, rank: int, squares: Tensor) -> GradientBlo
     small = rank * (rows + columns) < rows * columns and rank < positions
     if not isinstance(block, (Dense, Factored)) or not small:
         return block
-    thin = LowRank.of(block, rank)
+    thin = LowRankGradients.of(block, rank)
     squares[0] += (whole - thin.norm().double().cpu().square()).clamp_min(0)  # an orthogonal projection
     return thin
 

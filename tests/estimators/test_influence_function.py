@@ -17,7 +17,16 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import CurvatureSnapshot, GradientSnapshot, InfluenceFunction, InfluenceModule
 from lightning_influence.artifacts import ArtifactStore
-from lightning_influence.curvature import EKFAC, KFAC, Dense, Diagonal, Relative, write_curvature
+from lightning_influence.curvature import (
+    EKFAC,
+    KFAC,
+    Dense,
+    Diagonal,
+    LowRank,
+    MatrixFree,
+    Relative,
+    write_curvature,
+)
 from lightning_influence.errors import CurvatureError, QueryError
 from tests import reference
 from tests.curvature.settings import (
@@ -302,6 +311,30 @@ def test_an_estimate_is_made_once_and_anew_for_other_weights(tmp_path: Path, mon
     assert len(made) == 2
 
 
+def test_matrix_free_products_are_taken_at_the_weights_of_the_checkpoint(tmp_path: Path):
+    """A module with other weights gets the answers of the fit, those of the dense matrix; and keeps its weights."""
+    module = fitted(tmp_path, GradientSnapshot(tmp_path / "s", parameters="all", dtype="float64"))
+    options = {"damping": 0.1, "parameters": "head.*"}
+    exact = InfluenceFunction(Dense("ggn"), **options)
+    expected = scores(module, tmp_path / "s", exact, train_loader=loader_of(TRAIN))
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3)
+    moved = copy.deepcopy(module.state_dict())
+    free = InfluenceFunction(MatrixFree(tolerance=1e-12), **options)
+    found = scores(module, tmp_path / "s", free, train_loader=loader_of(TRAIN))
+    torch.testing.assert_close(found, expected, rtol=1e-8, atol=1e-12)
+    assert all(torch.equal(value, moved[name]) for name, value in module.state_dict().items())
+
+
+@pytest.mark.parametrize("statistics", [MatrixFree(), LowRank(3), Dense("hessian")], ids=lambda s: s.name)
+def test_labels_of_exact_second_derivatives_are_refused(statistics):
+    with pytest.raises(CurvatureError, match="labels have no effect"):
+        InfluenceFunction(statistics, labels="observed")
+    with pytest.raises(CurvatureError, match="labels have no effect"):
+        CurvatureSnapshot("store", statistics, labels="sampled")
+
+
 def test_what_was_asked_before_does_not_change_what_an_estimate_is_of(tmp_path: Path):
     """Stored gradients are of one layer; those that stream by are of all, whichever was asked first."""
     gradients = GradientSnapshot(tmp_path / "s", parameters="hidden.*", dtype="float64")
@@ -560,7 +593,7 @@ def test_for_a_convex_classifier_hessian_gauss_newton_and_fisher_are_one(converg
         InfluenceModule(
             module,
             store,
-            InfluenceFunction(Dense(matrix), damping=0.01, labels="exact"),
+            InfluenceFunction(Dense(matrix), damping=0.01, labels="exact" if matrix == "fisher" else None),
             train_loader=DataLoader(CLUSTERS, batch_size=N),
         ).scores(QUERIES)
         for matrix in ("fisher", "ggn")

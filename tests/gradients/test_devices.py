@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from lightning_influence.gradients import Dense, Factored, GradientBlock, LowRank, Rows
+from lightning_influence.gradients import Dense, Factored, GradientBlock, LowRankGradients, Rows
 from tests.pretended_device import ELSEWHERE, PretendedDevice
 
 BLOCKS: dict[str, Callable[[], GradientBlock]] = {
@@ -16,7 +16,7 @@ BLOCKS: dict[str, Callable[[], GradientBlock]] = {
     "positions": lambda: Factored(torch.randn(3, 2, 5), torch.randn(3, 2, 4)),
     "groups": lambda: Factored(torch.randn(3, 2, 10), torch.randn(3, 2, 4), groups=2),
     "rows": lambda: Rows.from_tokens(torch.randint(0, 4, (3, 6)), torch.randn(3, 6, 5), num_words=4),
-    "low rank": lambda: LowRank(torch.randn(3, 2, 4), torch.randn(3, 2, 5)),
+    "low rank": lambda: LowRankGradients(torch.randn(3, 2, 4), torch.randn(3, 2, 5)),
 }
 STORED = [name for name in BLOCKS if name != "low rank"]
 
