@@ -6,10 +6,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
 
 from lightning_influence.curvature import Accumulator, Curvature, CurvatureStatistics, OnePass, TrainingEvidence
-from lightning_influence.errors import CaptureError, CurvatureError, SampleIdError, UnsupportedError
+from lightning_influence.errors import CaptureError, CurvatureError, UnsupportedError
 from lightning_influence.gradients import GradientCapture, Gradients, Selection
 from lightning_influence.objective import LossWatch, batch_scale
 from lightning_influence.replay import loss_scale
@@ -82,14 +81,7 @@ class CurvatureInFlight:
     def batch_start(self, batch: Any, seen: int) -> None:
         """Hook the layers if this batch is to be taken."""
         self.batch_end()
-        ids = self._tracker.pop(batch)
-        if not isinstance(ids, Tensor):
-            raise SampleIdError(
-                "mode='in_flight' follows one training loader",
-                expected="one loader",
-                found=f"{len(ids)} loaders",
-                hint="use mode='replay' with `dataloader=` for the one whose samples are to be attributed",
-            )
+        ids = self._tracker.pop_one(batch)
         if seen % self._every_n_batches:
             return
         self._size = len(ids)

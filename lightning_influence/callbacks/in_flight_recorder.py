@@ -13,7 +13,7 @@ from lightning_influence.artifacts import ArtifactStore, BackgroundWriter
 from lightning_influence.callbacks.capture_plan import CapturePlan
 from lightning_influence.callbacks.optimizer_record import OptimizerRecord, owners
 from lightning_influence.callbacks.staleness import Staleness
-from lightning_influence.errors import CaptureError, SampleIdError
+from lightning_influence.errors import CaptureError
 from lightning_influence.gradients import GradientCapture, Gradients, cat, pack
 from lightning_influence.objective import LossWatch, batch_scale
 from lightning_influence.replay import loss_scale
@@ -94,14 +94,7 @@ class InFlightRecorder:
     def batch_start(self, trainer: Trainer, batch: Any) -> None:
         """Learn the samples of the batch that begins and hook the selected layers."""
         self.release()
-        ids = self.tracker.pop(batch)
-        if not isinstance(ids, Tensor):
-            raise SampleIdError(
-                "mode='in_flight' follows one training loader",
-                expected="one loader",
-                found=f"{len(ids)} loaders",
-                hint="use mode='replay' with `dataloader=` for the one whose samples are to be attributed",
-            )
+        ids = self.tracker.pop_one(batch)
         capture = self.plan.capture(functional=self.plan.check.functional)
         trained = [p for p in self.plan.selection.parameters.values() if p.requires_grad]
         self._batch = _Batch(ids, trainer.global_step, capture, trained)

@@ -86,9 +86,7 @@ class BlockDiagonal(Curvature):
     ) -> Gradients:
         """H v, block by block; rows that lie in no block of a column are refused."""
         chosen = self._chosen(v, columns)
-        wanted = tuple(chosen) if rows is None else tuple(rows)
-        if unknown := [name for name in wanted if name not in self.parameters]:
-            raise self._unknown(unknown)
+        wanted = self._wanted(chosen, rows)
         product: dict[str, Any] = {}
         for block in self.blocks:
             mine = _completed(block, chosen)

@@ -90,6 +90,17 @@ class Curvature(ABC):
             raise self._unknown(unknown)
         return chosen
 
+    def _wanted(self, chosen: Gradients, rows: Collection[str] | None) -> tuple[str, ...]:
+        """The rows of a product: those asked for, or those of the vectors.
+
+        Raises:
+            CurvatureError: a parameter that H knows nothing of.
+        """
+        wanted = tuple(chosen) if rows is None else tuple(rows)
+        if unknown := [name for name in wanted if name not in self.parameters]:
+            raise self._unknown(unknown)
+        return wanted
+
     def _unknown(self, names: Collection[str]) -> CurvatureError:
         return CurvatureError(
             f"the curvature holds nothing for {', '.join(map(repr, names))}",

@@ -51,9 +51,7 @@ class DataInfCurvature(Curvature):
     ) -> Gradients:
         """(1/N) Σ_i g_i (g_iᵀ v) layer by layer, and weight decay; rows in other layers than v are refused."""
         chosen = self._chosen(v, columns)
-        wanted = tuple(chosen) if rows is None else tuple(rows)
-        if unknown := [name for name in wanted if name not in self.parameters]:
-            raise self._unknown(unknown)
+        wanted = self._wanted(chosen, rows)
         within = {name for layer in self._layers if any(n in chosen for n in layer) for name in layer}
         if cross := [name for name in wanted if name not in within]:
             raise CurvatureError(

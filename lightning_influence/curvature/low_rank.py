@@ -127,9 +127,7 @@ class LowRankCurvature(Curvature):
     ) -> Gradients:
         """H[rows, columns] v; every row knows every column."""
         chosen = self._chosen(v, columns)
-        wanted = tuple(chosen) if rows is None else tuple(rows)
-        if unknown := [name for name in wanted if name not in self.parameters]:
-            raise self._unknown(unknown)
+        wanted = self._wanted(chosen, rows)
         flat = self._space.rows(chosen, self.pairs.values)
         values, vectors = self.pairs.values.to(flat), self.pairs.vectors.to(flat)
         product = (flat @ vectors.T * values) @ vectors + self._space.diagonal(self.decay, flat) * flat

@@ -131,9 +131,7 @@ class MatrixFreeCurvature(Curvature):
     ) -> Gradients:
         """H[rows, columns] v; every row knows every column."""
         chosen = self._chosen(v, columns)
-        wanted = tuple(chosen) if rows is None else tuple(rows)
-        if unknown := [name for name in wanted if name not in self.parameters]:
-            raise self._unknown(unknown)
+        wanted = self._wanted(chosen, rows)
         flat = self._space.rows(chosen, self._matrix.like)
         product = self._matrix.matvec(flat) + self._space.diagonal(self._decay, flat) * flat
         return self._space.named(product, wanted, chosen)

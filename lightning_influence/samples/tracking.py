@@ -119,6 +119,22 @@ class SampleTracker:
             known.append(entry)
         return known[0] if len(known) == 1 and known[0] is not None else known
 
+    def pop_one(self, batch: Any) -> Tensor:
+        """`pop` where one training loader is followed, (B,).
+
+        Raises:
+            SampleIdError: there are several; whatever `pop` raises.
+        """
+        ids = self.pop(batch)
+        if not isinstance(ids, Tensor):
+            raise SampleIdError(
+                "mode='in_flight' follows one training loader",
+                expected="one loader",
+                found=f"{len(ids)} loaders",
+                hint="use mode='replay' with `dataloader=` for the one whose samples are to be attributed",
+            )
+        return ids
+
     def _fetched_ahead(self) -> int:
         if self._trainer is None:
             return 0

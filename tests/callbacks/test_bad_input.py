@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.optimization.automatic import Closure
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import CombinedLoader
 from torch import Tensor, nn
@@ -257,6 +258,7 @@ def test_steps_that_are_skipped_leave_no_record(tmp_path: Path) -> None:
             return -1 if self.trainer.current_epoch == 1 and batch_idx == 2 else None
 
     module, snapshot = seeded(Skips), GradientSnapshot(tmp_path / "store", BOTH, mode="in_flight")
+    Closure.warning_cache.clear()  # Lightning says it once in a process
     with pytest.warns(UserWarning, match="training_step` returned `None"):
         run = fit(tmp_path, module, snapshot, data=loader(shuffle=False))
     ids = torch.cat([shard.sample_ids for shard in snapshot.artifacts.shards(StepRange(0, 99))])
