@@ -11,7 +11,7 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def no_seed_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_seed_of_others() -> None:
     """`seed_everything` leaves its seed in the environment, and Lightning then gives loaders a `worker_init_fn`."""
     for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
-        monkeypatch.delenv(name, raising=False)
+        os.environ.pop(name, None)
