@@ -17,7 +17,7 @@ from lightning_influence.curvature import (
     TrainingEvidence,
     refuse_labels,
     statistics_of,
-    weight_decay,
+    weight_decay_at,
     write_curvature,
 )
 from lightning_influence.curvature.rehearsal import rehearse
@@ -68,12 +68,10 @@ def add_curvature(
     at = _checkpoint(known, at, chosen.name)
     selection = select(module, parameters)
     data = _in_precision(TrainingData.of(train_loader, forked=True), module)
-    saved = {file.step for file in known.artifacts("optimizer")}
-    scales = known.preconditioner(at) if at.step in saved else {}
     with weights_at(module, known, at):
         check = self_check(module, selection, data, None, per_sample_loss)
         summed = data.batch_size if check.reduction == "sum" else 1
-        decay = weight_decay(at.groups, selection.names, scales, summed_over=summed)
+        decay = weight_decay_at(known, at, selection.names, summed_over=summed)
         evidence = TrainingEvidence(
             module,
             selection,

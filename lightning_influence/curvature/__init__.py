@@ -18,6 +18,7 @@ from lightning_influence.curvature.recording import (
     refuse_labels,
     statistics_of,
     weight_decay,
+    weight_decay_at,
     write_curvature,
 )
 from lightning_influence.curvature.stored import StoredEvidence, stored_projection
@@ -56,5 +57,6 @@ __all__ = [
     "statistics_of",
     "stored_projection",
     "weight_decay",
+    "weight_decay_at",
     "write_curvature",
 ]

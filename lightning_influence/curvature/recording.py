@@ -190,6 +190,15 @@ def statistics_of(statistics: CurvatureStatistics | str) -> CurvatureStatistics:
     return _BY_NAME[statistics]()
 
 
+def weight_decay_at(
+    store: ArtifactStore, at: Checkpoint, names: tuple[str, ...], *, summed_over: int = 1
+) -> dict[str, float]:
+    """`weight_decay` as a checkpoint of the store tells it."""
+    saved = {file.step for file in store.artifacts("optimizer")}
+    scales = store.preconditioner(at) if at.step in saved else {}
+    return weight_decay(at.groups, names, scales, summed_over=summed_over)
+
+
 def weight_decay(
     groups: tuple[ParameterGroup, ...],
     names: tuple[str, ...],

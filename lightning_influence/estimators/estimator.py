@@ -24,7 +24,6 @@ from tqdm.auto import tqdm
 from lightning_influence.artifacts import ArtifactStore, Checkpoint, Shard, StepRange
 from lightning_influence.curvature import stored_projection
 from lightning_influence.errors import QueryError
-from lightning_influence.fitted import load_weights as load_weights
 from lightning_influence.fitted import weights_at
 from lightning_influence.gradients import Gradients, Projection, inner, unpack
 from lightning_influence.objective import PerSample, Reduction

@@ -22,7 +22,7 @@ from lightning_influence.curvature import (
     as_damping,
     recorded_curvature,
     refuse_labels,
-    weight_decay,
+    weight_decay_at,
 )
 from lightning_influence.errors import QueryError
 from lightning_influence.estimators.estimator import Estimator, Stage, Term
@@ -244,9 +244,7 @@ def _decay(stage: Stage, at: Checkpoint, names: tuple[str, ...], batch_size: int
     Raises:
         QueryError: a loss that sums over batches whose size is not known.
     """
-    saved = {file.step for file in stage.store.artifacts("optimizer")}
-    scales = stage.store.preconditioner(at) if at.step in saved else {}
-    decay = weight_decay(at.groups, names, scales)
+    decay = weight_decay_at(stage.store, at, names)
     if not decay or stage.reduction == "mean":
         return decay
     if batch_size is None:
@@ -256,7 +254,7 @@ def _decay(stage: Stage, at: Checkpoint, names: tuple[str, ...], batch_size: int
             found="none",
             hint="pass InfluenceModule(module, store, estimator, train_loader=train_loader)",
         )
-    return weight_decay(at.groups, names, scales, summed_over=batch_size)
+    return weight_decay_at(stage.store, at, names, summed_over=batch_size)
 
 
 def _wanted(stage: Stage, globs: Sequence[str] | None) -> tuple[str, ...]:

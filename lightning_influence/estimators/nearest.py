@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from lightning_influence.artifacts import Checkpoint, Shard
 from lightning_influence.errors import QueryError
 from lightning_influence.estimators.estimator import (
     Attributor,
@@ -14,12 +16,11 @@ from lightning_influence.estimators.estimator import (
     Queries,
     ScoreBlock,
     Stage,
-    Term,
     by_span,
     query_side,
     train_side,
 )
-from lightning_influence.gradients import inner
+from lightning_influence.gradients import Gradients, inner
 from lightning_influence.replay import features_of
 
 
@@ -52,15 +53,27 @@ class NearestFirst(Attributor):
     def score_blocks(self, stage: Stage, queries: Queries) -> Iterator[ScoreBlock]:
         """One block a query, over its neighbours in dataset order."""
         terms = self._estimator.terms(stage)
-        near = self._nearest(stage, queries, terms)  # (Q, k), each row ascending
+        at = terms[-1].query_at
+        shards = self._with_features(stage, at)
+        seen: list[Tensor] = []  # features (Q, D), from the pass that takes their gradients
+
+        def watched(checkpoint: Checkpoint, names: Collection[str]) -> Gradients:
+            assert stage.module is not None
+            with features_of(stage.module) as features:
+                gradients = queries.gradients_at(checkpoint, names)
+                if checkpoint.step == at.step:
+                    seen.append(features.rows(len(queries)).cpu())
+            return gradients
+
+        transformed = query_side(terms, replace(queries, gradients_at=watched), stage.projection)
+        near = self._nearest(shards, seen[-1])  # (Q, k), each row ascending
         union = torch.unique(near)
-        transformed = query_side(terms, queries, stage.projection)
         total: Tensor | None = None
-        for ids, shards in by_span(terms, stage.store):
+        for ids, of_span in by_span(terms, stage.store):
             wanted = torch.isin(ids, union)
             if not bool(wanted.any()):
                 continue
-            for index, shard in shards:
+            for index, shard in of_span:
                 train = train_side(terms[index], shard, ids)
                 columns = torch.arange(len(ids)) if train.columns is None else train.columns
                 rows = wanted[columns].nonzero().squeeze(1)
@@ -78,9 +91,8 @@ class NearestFirst(Attributor):
                     slice(q, q + 1), own, total[q : q + 1, torch.searchsorted(union, own).to(total.device)]
                 )
 
-    def _nearest(self, stage: Stage, queries: Queries, terms: Sequence[Term]) -> Tensor:
-        """Ids of the nearest training samples of each query, (Q, k), ascending in a row."""
-        at = terms[-1].query_at
+    def _with_features(self, stage: Stage, at: Checkpoint) -> Sequence[Shard]:
+        """The shards of a checkpoint; a QueryError if one of them lacks features."""
         shards = stage.store.shards(at)
         if not shards or any("features" not in shard.records for shard in shards):
             raise QueryError(
@@ -89,11 +101,11 @@ class NearestFirst(Attributor):
                 found=f"records of {', '.join(shards[0].records) or 'nothing'}" if shards else "no gradients",
                 hint="fit with GradientSnapshot(store, ..., features=True)",
             )
-        assert stage.module is not None
-        with features_of(stage.module) as features:
-            queries.gradients_at(at, terms[-1].parameters)  # whatever pass the measurement needs
-            mine = features.rows(len(queries)).cpu()  # (Q, D)
-        k = min(self._neighbours, stage.store.manifest.dataset_length)
+        return shards
+
+    def _nearest(self, shards: Sequence[Shard], mine: Tensor) -> Tensor:
+        """Ids of the nearest training samples of queries with features (Q, D): (Q, k), ascending in a row."""
+        k = self._neighbours
         best, ids = mine.new_zeros(len(mine), 0), torch.zeros(len(mine), 0, dtype=torch.int64)
         for shard in shards:
             best = torch.cat([best, torch.cdist(mine, shard.records["features"].float())], 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,7 +44,9 @@ class QueryGradients:
             sizes, trainer = [num_queries(batch) for batch in batches], None
             batches = [laid_aside(to_device(batch, module, None)) for batch in batches]
         placed = Carried(batches, module)
-        return Queries(placed, sizes, lambda at, names: self._at(at, names, placed, sizes, trainer))
+        return Queries(
+            placed, sizes, lambda at, names: self._at(at, names, placed, sizes, trainer, lambda parts: cat(list(parts)))
+        )
 
     def together(self, batches: Sequence[Any]) -> Queries:
         """All queries of some batches as one: its gradient is the sum of theirs, held for one batch at a time.
@@ -54,26 +56,19 @@ class QueryGradients:
         """
         if not batches:
             raise QueryError("there are no queries", expected="one batch or more", found=0, hint="look at the loader")
-        each = [self.of([batch], None, None) for batch in batches]
-
-        def summed(at: Checkpoint, names: Collection[str]) -> Gradients:
-            total: dict[str, GradientBlock] = {}
-            for queries in each:
-                for name, block in queries.gradients_at(at, names).items():
-                    total[name] = total[name].plus(block.summed()) if name in total else block.summed()
-            return total
-
-        return Queries([batch for queries in each for batch in queries.batches], [1], summed)
+        every = self.of(batches, None, None)
+        return Queries(
+            every.batches, [1], lambda at, names: self._at(at, names, every.batches, every.sizes, None, _summed)
+        )
 
     def measured(self, module: LightningModule, batches: Sequence[Any]) -> Tensor:
         """The measurement of each query, (Q,), at the weights that a module has now."""
         found = []
-        with isolated(module) as manual_losses, torch.no_grad():
+        with isolated(module) as manual_losses:
             options = self._loss_options(manual_losses)
             for batch in batches:
                 placed = to_device(batch, module, None)
-                with torch.enable_grad():
-                    found.append(self._objective(module, placed, num_queries(batch), options).each().detach())
+                found.append(self._objective(module, placed, num_queries(batch), options).each().detach())
         return torch.cat(found)
 
     def selection(self, names: Collection[str]) -> Selection:
@@ -89,21 +84,25 @@ class QueryGradients:
         batches: Sequence[Any],
         sizes: Sequence[int],
         trainer: Trainer | None,
+        merged: Callable[[Iterator[Gradients]], Gradients],
     ) -> Gradients:
-        """Per-query gradients of the measurement at the weights of a checkpoint."""
-        capture, parts = GradientCapture(self.selection(names)), []
+        """Per-query gradients of the measurement at the weights of a checkpoint, those of all batches `merged`."""
+        capture = GradientCapture(self.selection(names))
         hidden = trainer is not None and not trainer.is_global_zero
         bar = tqdm(total=sum(sizes), desc="query gradients", unit="query", delay=2.0, leave=False, disable=hidden)
         with self.stage.at(at) as module, isolated(module, trainer) as manual_losses, bar:
             options = self._loss_options(manual_losses)
-            for batch, size in zip(batches, sizes, strict=True):
 
-                def objective(batch: Any = batch, size: int = size) -> Any:
-                    return self._objective(module, batch, size, options)
+            def parts() -> Iterator[Gradients]:
+                for batch, size in zip(batches, sizes, strict=True):
 
-                parts.append(sample_gradients(module, capture, size, objective, trainer)[0])
-                bar.update(size)
-        return cat(parts)
+                    def objective(batch: Any = batch, size: int = size) -> Any:
+                        return self._objective(module, batch, size, options)
+
+                    yield sample_gradients(module, capture, size, objective, trainer)[0]
+                    bar.update(size)
+
+            return merged(parts())
 
     def _objective(self, module: LightningModule, batch: Any, size: int, options: dict[str, Any]) -> Objective:
         own = callable(self.measurement) or self.measurement == "predicted_class"
@@ -134,3 +133,12 @@ class QueryGradients:
     def _module(self) -> LightningModule:
         assert self.stage.module is not None
         return self.stage.module
+
+
+def _summed(parts: Iterator[Gradients]) -> Gradients:
+    """The sum over all queries of all batches, as blocks of one."""
+    total: dict[str, GradientBlock] = {}
+    for part in parts:
+        for name, block in part.items():
+            total[name] = total[name].plus(block.summed()) if name in total else block.summed()
+    return total

@@ -28,11 +28,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -40,6 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `recipes
 from lightning_influence.curvature import EKFAC, KFAC, Absolute, Curvature, Damping, Relative, TrainingEvidence
 from lightning_influence.gradients import Dense, Gradients, select
 from lightning_influence.replay import TrainingData
+from recipes.benchmarks.explained import Explained
 from recipes.benchmarks.measuring import Row, report
 from recipes.benchmarks.peers import (
     Kronfluence,
@@ -76,17 +76,6 @@ class TextClassifier(nn.Module):
         hidden = hidden + self.narrow(F.gelu(self.wide(self.norms[1](hidden))))
         logits: Tensor = self.head((hidden * real).sum(1) / real.sum(1))
         return logits
-
-
-class Explained(LightningModule):
-    """A model as a module with its loss."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.model(batch[0]), batch[1])
 
 
 def mlp() -> nn.Module:

@@ -40,7 +40,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -59,6 +59,7 @@ from lightning_influence.curvature import EKFAC, KFAC, CurvatureStatistics, Trai
 from lightning_influence.gradients import select
 from lightning_influence.replay import TrainingData
 from lightning_influence.samples import fingerprint
+from recipes.benchmarks.explained import Explained
 from recipes.benchmarks.measuring import Rounds, interleaved, report, timed
 from recipes.benchmarks.peers import (
     Kronfluence,
@@ -338,20 +339,6 @@ def curvlinops_solve(problem: Problem) -> Work:
         return found
 
     return work
-
-
-class Explained(LightningModule):
-    """A problem's model as a module with its loss."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return F.cross_entropy(self.model(batch[0]), batch[1])
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
 def quiet(**options: Any) -> Trainer:
