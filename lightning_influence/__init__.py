@@ -13,8 +13,10 @@ from lightning_influence.curvature import (
     MatrixFree,
     ProjectedGram,
     Relative,
+    Solver,
 )
 from lightning_influence.damping_choice import Removals
+from lightning_influence.edits import How, ModelEdit
 from lightning_influence.errors import (
     CaptureError,
     CurvatureError,
@@ -30,9 +32,13 @@ from lightning_influence.estimators import (
     Attributor,
     EmbeddingCosine,
     Estimator,
+    FreezingInfluenceFunction,
+    GeneralizedInfluenceFunction,
     InfluenceFunction,
     NearestFirst,
+    ProjectedInfluenceFunction,
     Random,
+    SecondOrderInfluenceFunction,
     Stage,
     Term,
     TfIdf,
@@ -40,9 +46,10 @@ from lightning_influence.estimators import (
     TracInLast,
     TracInWE,
 )
-from lightning_influence.gradients import FactorProjection, RandomProjection, gradient_rule
+from lightning_influence.gradients import FactorProjection, RandomProjection, TargetParameters, gradient_rule
 from lightning_influence.module import InfluenceModule
 from lightning_influence.queries import WordContribution
+from lightning_influence.targets import choose_target, record_target, recorded_target
 
 __version__ = "0.1.0"
 
@@ -61,15 +68,20 @@ __all__ = [
     "EmbeddingCosine",
     "Estimator",
     "FactorProjection",
+    "FreezingInfluenceFunction",
+    "GeneralizedInfluenceFunction",
     "GradientSnapshot",
+    "How",
     "InfluenceError",
     "InfluenceFunction",
     "InfluenceModule",
     "LossError",
     "LowRank",
     "MatrixFree",
+    "ModelEdit",
     "NearestFirst",
     "ProjectedGram",
+    "ProjectedInfluenceFunction",
     "QueryError",
     "Random",
     "RandomProjection",
@@ -77,8 +89,11 @@ __all__ = [
     "Relative",
     "Removals",
     "SampleIdError",
+    "SecondOrderInfluenceFunction",
+    "Solver",
     "Stage",
     "StoreError",
+    "TargetParameters",
     "Term",
     "TfIdf",
     "TracIn",
@@ -87,5 +102,8 @@ __all__ = [
     "UnsupportedError",
     "WordContribution",
     "add_curvature",
+    "choose_target",
     "gradient_rule",
+    "record_target",
+    "recorded_target",
 ]

@@ -144,7 +144,7 @@ def choose_damping(
     curve = []
     for damping in grid or [Relative(factor) for factor in FACTORS]:
         try:
-            foretold = inner(estimator.solved(stage, found, removed, damping), asked).T  # (S, Q)
+            foretold = inner(estimator.change(stage, found, removed, damping), asked).T  # (S, Q)
             curve.append((damping, _agreement(foretold.double().cpu(), changes)))
         except CurvatureError:  # singular at this damping, or one that an iterative solver cannot reach
             curve.append((damping, float("nan")))

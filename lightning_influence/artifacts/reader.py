@@ -63,6 +63,10 @@ class StoreReader:
         """The tensors of a curvature file, one of `artifacts("curvature")`."""
         return self._file(artifact.path).read()
 
+    def tensors(self, artifact: Artifact) -> dict[str, Tensor]:
+        """The tensors of a committed file, whatever its kind."""
+        return self._file(artifact.path).read()
+
     def dynamics(self, checkpoint: Checkpoint) -> dict[str, Tensor]:
         """Loss, margin and true-class probability of every sample, each (N,), NaN where not recorded."""
         joined: dict[str, Tensor] = {}

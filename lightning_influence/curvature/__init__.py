@@ -11,6 +11,16 @@ from lightning_influence.curvature.kronecker import EKFAC, KFAC
 from lightning_influence.curvature.low_rank import LowRank, LowRankCurvature
 from lightning_influence.curvature.matrix_free import MatrixFree, MatrixFreeCurvature
 from lightning_influence.curvature.operators import LossOperator
+from lightning_influence.curvature.partial_inverse import (
+    Answer,
+    Freezing,
+    Generalized,
+    PartialInverse,
+    Projected,
+    SecondOrder,
+    Solver,
+    Whole,
+)
 from lightning_influence.curvature.projected import ProjectedCurvature, ProjectedGram
 from lightning_influence.curvature.recording import (
     RecordedCurvature,
@@ -28,6 +38,7 @@ __all__ = [
     "KFAC",
     "Absolute",
     "Accumulator",
+    "Answer",
     "BlockDiagonal",
     "Curvature",
     "CurvatureBlock",
@@ -38,19 +49,26 @@ __all__ = [
     "Dense",
     "Diagonal",
     "Evidence",
+    "Freezing",
+    "Generalized",
     "LossOperator",
     "LowRank",
     "LowRankCurvature",
     "MatrixFree",
     "MatrixFreeCurvature",
     "OnePass",
+    "PartialInverse",
+    "Projected",
     "ProjectedCurvature",
     "ProjectedGram",
     "RecordedCurvature",
     "Relative",
+    "SecondOrder",
+    "Solver",
     "Stationarity",
     "StoredEvidence",
     "TrainingEvidence",
+    "Whole",
     "as_damping",
     "recorded_curvature",
     "refuse_labels",

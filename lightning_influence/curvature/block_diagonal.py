@@ -111,6 +111,14 @@ class BlockDiagonal(Curvature):
                 solved |= block.solve(mine, damping.of(block.mean_eigenvalue))
         return {name: solved[name] for name in chosen}
 
+    def connected(self, names: Collection[str]) -> tuple[str, ...]:
+        """The parameters of the blocks in which the names are."""
+        return tuple(n for block in self.blocks if any(name in names for name in block.names) for n in block.names)
+
+    def shifts(self, damping: Damping) -> dict[str, float]:
+        """λ of every parameter, by block."""
+        return {name: damping.of(block.mean_eigenvalue) for block in self.blocks for name in block.names}
+
     def decayed(self, decay: Mapping[str, float]) -> BlockDiagonal:
         """H with weight decay (by parameter name) on its diagonal."""
         return BlockDiagonal([block.decayed(decay) for block in self.blocks])

@@ -61,6 +61,23 @@ class Curvature(ABC):
             CurvatureError: H + λI is singular or (where that is asked for) not positive; a parameter is missing in v.
         """
 
+    def connected(self, names: Collection[str]) -> tuple[str, ...]:
+        """The rows that can have entries in the columns `names`, in the order of `parameters`."""
+        return self.parameters
+
+    def shifts(self, damping: Damping) -> Mapping[str, float]:
+        """λ of every parameter, as `solve` adds it to the diagonal.
+
+        Raises:
+            CurvatureError: an inverse that is not that of H + λI.
+        """
+        raise CurvatureError(
+            f"{type(self).__name__} has no inverse on a part of its parameters",
+            expected="a curvature of whole gradients, such as MatrixFree(), curvature.Dense(), LowRank() or EKFAC()",
+            found=type(self).__name__,
+            hint="pass another curvature=, or take InfluenceFunction()",
+        )
+
     @abstractmethod
     def decayed(self, decay: Mapping[str, float]) -> Curvature:
         """H with weight decay, by parameter name, on its diagonal."""

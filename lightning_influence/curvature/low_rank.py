@@ -183,6 +183,10 @@ class LowRankCurvature(Curvature):
         self._last = (shift, (root, (orthogonal @ rotation).T, divisors))
         return self._last[1]
 
+    def shifts(self, damping: Damping) -> dict[str, float]:
+        """λ of every parameter, the same for all."""
+        return dict.fromkeys(self.parameters, damping.of(self.mean_eigenvalue))
+
     def decayed(self, decay: Mapping[str, float]) -> LowRankCurvature:
         """H with weight decay, by parameter name, on its diagonal."""
         total = {name: self.decay.get(name, 0.0) + decay.get(name, 0.0) for name in self.parameters}

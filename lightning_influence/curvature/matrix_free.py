@@ -172,6 +172,10 @@ class MatrixFreeCurvature(Curvature):
             )
         return self._space.named(solution.x, tuple(chosen), chosen)
 
+    def shifts(self, damping: Damping) -> dict[str, float]:
+        """λ of every parameter, the same for all."""
+        return dict.fromkeys(self.parameters, self._shift(damping))
+
     def _shift(self, damping: Damping) -> float:
         """λ, for which the mean eigenvalue is estimated if it matters."""
         return damping.of(0.0 if isinstance(damping, Absolute) else self.mean_eigenvalue)

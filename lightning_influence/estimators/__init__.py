@@ -1,6 +1,12 @@
 """Estimators, each of which says what enters the one bilinear form, and baselines with the same interface."""
 
 from lightning_influence.estimators.estimator import Attributor, Estimator, Queries, ScoreBlock, Stage, Term
+from lightning_influence.estimators.generalized import (
+    FreezingInfluenceFunction,
+    GeneralizedInfluenceFunction,
+    ProjectedInfluenceFunction,
+    SecondOrderInfluenceFunction,
+)
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.estimators.nearest import NearestFirst
 from lightning_influence.estimators.similarity import BM25, EmbeddingCosine, Random, TfIdf
@@ -12,11 +18,15 @@ __all__ = [
     "Attributor",
     "EmbeddingCosine",
     "Estimator",
+    "FreezingInfluenceFunction",
+    "GeneralizedInfluenceFunction",
     "InfluenceFunction",
     "NearestFirst",
+    "ProjectedInfluenceFunction",
     "Queries",
     "Random",
     "ScoreBlock",
+    "SecondOrderInfluenceFunction",
     "Stage",
     "Term",
     "TfIdf",

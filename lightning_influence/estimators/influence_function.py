@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias
 
@@ -15,10 +16,13 @@ from lightning_influence.curvature import (
     Curvature,
     CurvatureStatistics,
     Damping,
+    Freezing,
+    PartialInverse,
     ProjectedCurvature,
     RecordedCurvature,
     StoredEvidence,
     TrainingEvidence,
+    Whole,
     as_damping,
     recorded_curvature,
     refuse_labels,
@@ -27,7 +31,7 @@ from lightning_influence.curvature import (
 from lightning_influence.errors import QueryError
 from lightning_influence.estimators.estimator import Estimator, Stage, Term
 from lightning_influence.estimators.tracin import look_ups
-from lightning_influence.gradients import Gradients, select
+from lightning_influence.gradients import Gradients, TargetParameters, select
 from lightning_influence.objective import Labels
 from lightning_influence.replay import TrainingData
 
@@ -52,7 +56,8 @@ class InfluenceFunction(Estimator):
             enough.
         damping: λ: a number, `Relative(factor)` of the mean eigenvalue of each block, `None` for a tenth of it
             (Grosse et al. 2023, 2308.03296), or `"auto"` for what `choose_damping` has found for this store.
-        parameters: glob or globs over parameter names; `None` takes all that curvature and gradients are known of.
+        parameters: glob or globs over parameter names; `None` takes all that curvature and gradients are known of;
+            `TargetParameters` K takes H_KK⁻¹, as `FreezingInfluenceFunction(K)` does.
         labels, seed: of statistics that are estimated when they are needed, as in `CurvatureSnapshot`; `None` is
             `"observed"` for `DataInf` and `ProjectedGram`.
 
@@ -68,7 +73,7 @@ class InfluenceFunction(Estimator):
         curvature: str | CurvatureStatistics | None = None,
         *,
         damping: DampingArgument = None,
-        parameters: str | Sequence[str] | None = None,
+        parameters: str | Sequence[str] | TargetParameters | None = None,
         labels: Labels | None = None,
         seed: int = 0,
     ) -> None:
@@ -82,8 +87,13 @@ class InfluenceFunction(Estimator):
         if isinstance(curvature, CurvatureStatistics):
             refuse_labels(curvature, labels)
         self.damping: Damping | Literal["auto"] = "auto" if damping == "auto" else as_damping(damping)
-        self._source, self._labels, self._seed = curvature, labels, seed
-        self._globs = (parameters,) if isinstance(parameters, str) else parameters
+        self.source, self._labels, self._seed = curvature, labels, seed
+        self.inverse: PartialInverse = Whole()
+        self._globs: Sequence[str] | None = None
+        if isinstance(parameters, TargetParameters):
+            self.inverse = Freezing(parameters)
+        elif parameters is not None:
+            self._globs = (parameters,) if isinstance(parameters, str) else parameters
         self._known: dict[tuple[Any, ...], RecordedCurvature] = {}
 
     def terms(self, stage: Stage) -> Sequence[Term]:
@@ -91,7 +101,8 @@ class InfluenceFunction(Estimator):
         found = self.recorded(stage)
         names = self._names(stage, found)
         damping = self.damping_of(stage, found)
-        inner = None if stage.projection is None else found.curvature.within(stage.projection)
+        whole = isinstance(self.inverse, Whole) and stage.projection is not None
+        inner = found.curvature.within(stage.projection) if whole and stage.projection is not None else None
         if inner is None:
             return [Term(found.at, found.at, names, lambda v: self.solved(stage, found, v, damping))]
         within = replace(found, curvature=inner)
@@ -99,7 +110,7 @@ class InfluenceFunction(Estimator):
 
     def recorded(self, stage: Stage) -> RecordedCurvature:
         """The curvature, read or estimated once for a store."""
-        source, store = self._source, stage.store
+        source, store = self.source, stage.store
         files = (*store.artifacts("weights"), *store.artifacts("curvature"))
         key: tuple[Any, ...] = (str(store.root), *(file.sha256 for file in files))
         if isinstance(source, CurvatureStatistics):  # estimated of what is asked about, with the model at hand
@@ -135,15 +146,20 @@ class InfluenceFunction(Estimator):
         return Damping.from_record(value)
 
     def solved(self, stage: Stage, found: RecordedCurvature, v: Gradients, damping: Damping) -> Gradients:
-        """(H + λI)⁻¹ v, at the weights that the curvature belongs to where it needs the model."""
-        if found.curvature.needs_model:
-            with stage.at(found.at):
-                return found.curvature.solve(v, damping)
-        return found.curvature.solve(v, damping)
+        """T v = (H + λI)⁻¹ v, at the weights that the curvature belongs to where it needs the model."""
+        with stage.at(found.at) if found.curvature.needs_model else nullcontext():
+            return self.inverse.transposed(found.curvature, v, damping)
+
+    def change(self, stage: Stage, found: RecordedCurvature, g: Gradients, damping: Damping) -> Gradients:
+        """Tᵀ g: how the parameters answer when gradients g leave the loss; equal to T g where T is symmetric."""
+        with stage.at(found.at) if found.curvature.needs_model else nullcontext():
+            return self.inverse.change(found.curvature, g, damping).change
 
     def _names(self, stage: Stage, found: RecordedCurvature) -> tuple[str, ...]:
         """The parameters that take part: those of the curvature whose training gradients are known, or stream by."""
         known = found.curvature.parameters
+        if self.inverse.required is not None:
+            self._check_required(stage, known)
         if stage.stored:
             held = stage.store.manifest.selected
             if not any(file.step == found.at.step for file in stage.store.artifacts("gradients")):
@@ -154,7 +170,19 @@ class InfluenceFunction(Estimator):
                     hint="let the training data stream by: influence.prepare(query_loader), then "
                     "Trainer().predict(influence, train_loader); or fit with GradientSnapshot(store, parameters=...)",
                 )
+            if self.inverse.required is not None and not set(self.inverse.required) <= set(held):
+                missing = [name for name in self.inverse.required if name not in held]
+                raise QueryError(
+                    f"{type(self).__name__} needs training gradients that the store does not hold",
+                    expected=f"gradients of {', '.join(missing)} too",
+                    found=f"gradients of {', '.join(held)}",
+                    hint="let the training data stream by: influence.prepare(query_loader), then "
+                    "Trainer().predict(influence, train_loader); or fit with GradientSnapshot(parameters='all'); "
+                    "FreezingInfluenceFunction needs the gradients of the target parameters alone",
+                )
             known = tuple(name for name in known if name in held)
+        if self.inverse.required is not None:
+            return self.inverse.required
         names = _chosen(known, self._globs)
         if not names:
             raise QueryError(
@@ -164,6 +192,20 @@ class InfluenceFunction(Estimator):
                 hint="select the same parameters in CurvatureSnapshot and GradientSnapshot, or stream training data",
             )
         return names
+
+    def _check_required(self, stage: Stage, known: Collection[str]) -> None:
+        """Refuse target parameters of another model, and a curvature that lacks what is required."""
+        target = getattr(self.inverse, "target", None)
+        if isinstance(target, TargetParameters):
+            target.check({name: spec.shape for name, spec in stage.store.manifest.parameters.items()})
+        if missing := [name for name in self.inverse.required or () if name not in known]:
+            raise QueryError(
+                f"{type(self).__name__} needs a curvature of more parameters",
+                expected=f"one that knows {', '.join(missing)} too",
+                found=f"a curvature of {', '.join(known)}",
+                hint="fit with CurvatureSnapshot(parameters='all'), or leave the curvature out: it is then multiplied "
+                "from the model and its training data",
+            )
 
     def _estimated(self, stage: Stage, statistics: CurvatureStatistics) -> RecordedCurvature:
         """The curvature of the last checkpoint, from the gradients in the store, or the model and the training data."""
@@ -177,7 +219,7 @@ class InfluenceFunction(Estimator):
                 found="no training data" if stage.module is not None else "no module",
                 hint="pass InfluenceModule(module, store, estimator, train_loader=train_loader)",
             )
-        names = _wanted(stage, self._globs)
+        names = self.inverse.required or _wanted(stage, self._globs)
         data = TrainingData.of(stage.train_loader, forked=True)
         decay = _decay(stage, at, names, data.batch_size)
         with stage.at(at) as module:
@@ -210,8 +252,8 @@ class InfluenceFunction(Estimator):
         if not any(file.step == at.step for file in stage.store.artifacts("gradients")):
             return ()
         if stage.stored or stage.module is None:
-            return _chosen(held, self._globs)
-        wanted = _wanted(stage, self._globs)
+            return self.inverse.required or _chosen(held, self._globs)
+        wanted = self.inverse.required or _wanted(stage, self._globs)
         return wanted if set(wanted) <= set(held) else ()
 
     def _from_store(

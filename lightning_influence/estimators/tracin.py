@@ -20,7 +20,7 @@ from lightning_influence.estimators.estimator import (
     require_parameters,
     unchanged,
 )
-from lightning_influence.gradients import GradientBlock, Gradients, select
+from lightning_influence.gradients import GradientBlock, Gradients, TargetParameters, select
 
 Preconditioner: TypeAlias = Literal["optimizer"] | None
 
@@ -39,7 +39,7 @@ class TracIn(Estimator):
 
     Args:
         parameters: glob or globs over parameter names; `None` takes all that the store holds (if it holds none and the
-            training data stream by, all that were trained).
+            training data stream by, all that were trained); `TargetParameters` takes some entries of some of them.
         preconditioner: `"optimizer"` puts P_c = diag(1 / (sqrt(v_hat) + eps)) of Adam and relatives, as saved with the
             checkpoint, in place of the identity. In flight, where the first checkpoint precedes the optimizer's first
             step, it takes the denominators of the second.
@@ -49,18 +49,28 @@ class TracIn(Estimator):
         StoreError: a frozen parameter, and groups whose rates differ.
     """
 
-    def __init__(self, parameters: str | Sequence[str] | None = None, *, preconditioner: Preconditioner = None) -> None:
+    def __init__(
+        self,
+        parameters: str | Sequence[str] | TargetParameters | None = None,
+        *,
+        preconditioner: Preconditioner = None,
+    ) -> None:
         if preconditioner not in (None, "optimizer"):
             raise QueryError(
                 "unknown preconditioner", expected='None or "optimizer"', found=repr(preconditioner), hint="choose one"
             )
-        self._globs = (parameters,) if isinstance(parameters, str) else parameters
+        self._target = parameters if isinstance(parameters, TargetParameters) else None
+        names = parameters.names if isinstance(parameters, TargetParameters) else parameters
+        self._globs = (names,) if isinstance(names, str) else names
         self._preconditioner = preconditioner
 
     def terms(self, stage: Stage) -> Sequence[Term]:
         """One term a checkpoint; in flight, one for each stretch between two checkpoints and each group of rates."""
         names, checkpoints = self.names(stage), stage.checkpoints
         query, train = self.sides(stage, names)
+        if self._target is not None:
+            self._target.check({name: spec.shape for name, spec in stage.store.manifest.parameters.items()})
+            query = _masked(query, self._target)
         if stage.store.manifest.mode == "in_flight":
             return self._in_flight_terms(stage.store, names, query, train)
         terms = []
@@ -179,6 +189,11 @@ def _preconditioned(prepare: Transform, denominators: Mapping[str, Tensor] | Non
         return {n: _wide(block).multiplied(denominators[n].reciprocal()) for n, block in prepare(gradients).items()}
 
     return transform
+
+
+def _masked(prepare: Transform, target: TargetParameters) -> Transform:
+    """An estimator's own transform, then zero outside the target parameters."""
+    return lambda gradients: {n: block.multiplied(target.masks[n]) for n, block in prepare(gradients).items()}
 
 
 def _scaled_by(rates: Mapping[str, float]) -> Transform:

@@ -13,7 +13,7 @@ from lightning_influence.errors import QueryError
 from lightning_influence.estimators.estimator import Stage, Transform, unchanged
 from lightning_influence.estimators.tracin import Preconditioner, TracIn
 from lightning_influence.estimators.word_matching import Neighbours, SynonymRows
-from lightning_influence.gradients import Gradients, Rows, select, word_embeddings
+from lightning_influence.gradients import Gradients, Rows, TargetParameters, select, word_embeddings
 
 
 class TracInWE(TracIn):
@@ -44,7 +44,7 @@ class TracInWE(TracIn):
 
     def __init__(
         self,
-        parameters: str | Sequence[str] | None = None,
+        parameters: str | Sequence[str] | TargetParameters | None = None,
         *,
         exclude_tokens: Collection[int] | Tensor = (),
         top_words: int | None = None,

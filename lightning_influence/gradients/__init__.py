@@ -17,6 +17,7 @@ from lightning_influence.gradients.projection import FactorProjection, Projectio
 from lightning_influence.gradients.rows import Rows
 from lightning_influence.gradients.rules import LayerCall, gradient_rule
 from lightning_influence.gradients.selection import Selection, select, word_embeddings
+from lightning_influence.gradients.target import LayerShare, TargetParameters, chosen_units
 
 __all__ = [
     "Dense",
@@ -26,13 +27,16 @@ __all__ = [
     "GradientCapture",
     "Gradients",
     "LayerCall",
+    "LayerShare",
     "LowRankGradients",
     "Projection",
     "RandomProjection",
     "Rows",
     "Selection",
+    "TargetParameters",
     "accumulation_dtype",
     "cat",
+    "chosen_units",
     "gradient_rule",
     "inner",
     "pack",

@@ -1,0 +1,6 @@
+"""Model edits: the weights that a trained model would have had without some samples, or with other labels for them."""
+
+from lightning_influence.edits.line_search import LineSearch, Standing, standing
+from lightning_influence.edits.model_edit import How, ModelEdit
+
+__all__ = ["How", "LineSearch", "ModelEdit", "Standing", "standing"]

@@ -1,0 +1,140 @@
+"""How far to go along an edit: the step that does best on held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from tqdm.auto import tqdm
+
+from lightning_influence.errors import QueryError
+from lightning_influence.objective import PerSample, Reduction, training_objective
+from lightning_influence.replay import TrainingData, isolated, to_device
+
+Criterion = Callable[[LightningModule], float]
+
+STEPS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+
+
+@dataclass(frozen=True)
+class LineSearch:
+    """What a line search found.
+
+    Attributes:
+        step: the best step.
+        value: the criterion there, higher is better.
+        curve: (step, value) of every step that was tried.
+    """
+
+    step: float
+    value: float
+    curve: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How a model does on some samples.
+
+    Attributes:
+        loss: mean training loss.
+        accuracy: share of the samples whose label has the largest score; `None` where the loss does not tell.
+    """
+
+    loss: float
+    accuracy: float | None
+
+
+def search(apply: Callable[[float], LightningModule], criterion: Criterion, steps: Sequence[float]) -> LineSearch:
+    """Try every step; of equal values the smallest step wins.
+
+    Raises:
+        QueryError: no steps, or a criterion that is NaN for all of them.
+    """
+    curve = []
+    for step in tqdm(sorted(steps), desc="line search", unit="step", delay=2.0, leave=False):
+        value = float(criterion(apply(step)))
+        curve.append((float(step), value))
+    told = [(value, -step) for step, value in curve if value == value]
+    if not told:
+        raise QueryError(
+            "no step of the line search could be judged",
+            expected="steps, and a criterion that is a number for one of them",
+            found=f"{len(curve)} steps, all NaN" if curve else "no steps",
+            hint="look at the validation data and at criterion=",
+        )
+    value, negative = max(told)
+    return LineSearch(-negative, value, tuple(curve))
+
+
+def standing(
+    module: LightningModule, loader: Any, per_sample_loss: PerSample | None = None, reduction: Reduction = "mean"
+) -> Standing:
+    """Mean loss and accuracy of a module on the samples of a loader, without a trace."""
+    data = TrainingData.of(loader, forked=True)
+    positions = [range(a, min(a + data.batch_size, len(data))) for a in range(0, len(data), data.batch_size)]
+    total, right, known = 0.0, 0.0, True
+    with isolated(module) as manual_losses:
+        for ids, batch in zip(positions, data.batches(positions), strict=True):
+            placed = to_device(batch, module, None)
+            found = training_objective(
+                module,
+                placed,
+                len(ids),
+                per_sample_loss=per_sample_loss,
+                reduction=reduction,
+                manual_losses=manual_losses,
+            )
+            total += float(found.summed().detach())
+            margins = found.dynamics().get("margin")
+            known = known and margins is not None
+            right += 0.0 if margins is None else float((margins > 0).sum())
+    if not len(data):
+        raise QueryError("there are no held-out samples", expected="samples", found="none", hint="look at the loader")
+    return Standing(total / len(data), right / len(data) if known else None)
+
+
+def keeping(loader: Any, per_sample_loss: PerSample | None, reduction: Reduction) -> Criterion:
+    """The negative mean loss on what is to be answered well."""
+    return lambda module: -standing(module, loader, per_sample_loss, reduction).loss
+
+
+def keeping_and_forgetting(
+    keep: Any, forget: Any, per_sample_loss: PerSample | None, reduction: Reduction
+) -> Criterion:
+    """F1 = 2 (1 − a_t) a_r / (1 − a_t + a_r) of the accuracies on what is to be kept (a_r) and to be forgotten (a_t)
+    (Lyu et al. 2023).
+
+    Raises:
+        QueryError: a loss that tells no accuracy.
+    """
+
+    def criterion(module: LightningModule) -> float:
+        kept, target = (standing(module, loader, per_sample_loss, reduction).accuracy for loader in (keep, forget))
+        if kept is None or target is None:
+            raise QueryError(
+                "the loss does not tell an accuracy",
+                expected="cross-entropy over classes",
+                found="another loss",
+                hint="pass criterion=, a function module -> float, higher is better",
+            )
+        lost = 1 - target
+        return 2 * lost * kept / (lost + kept) if lost + kept else 0.0
+
+    return criterion
+
+
+def refuse_training_set(loader: Any, fingerprint: str) -> None:
+    """Refuse to pick a step on the samples that were trained on.
+
+    Raises:
+        QueryError: the loader's dataset is the training set.
+    """
+    if TrainingData.of(loader, forked=True).fingerprint() == fingerprint:
+        raise QueryError(
+            "a step is picked on samples that were held out of training",
+            expected="a validation set",
+            found="the training set itself",
+            hint="pass a loader of samples that the model has not seen, and that no result is reported on",
+        )

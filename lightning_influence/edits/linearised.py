@@ -1,0 +1,175 @@
+"""One linear step of an edit: H of what stays, g of what leaves, and how the parameters answer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_influence.curvature import (
+    Absolute,
+    Answer,
+    Curvature,
+    CurvatureStatistics,
+    Damping,
+    LossOperator,
+    PartialInverse,
+    TrainingEvidence,
+)
+from lightning_influence.curvature.parameter_space import ParameterSpace
+from lightning_influence.edits.task import Part, Task
+from lightning_influence.errors import QueryError
+from lightning_influence.gradients import Dense, Gradients, TargetParameters, accumulation_dtype, select
+from lightning_influence.objective import Objective, PerSample, Reduction
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """How a module is differentiated and its answer solved for.
+
+    Attributes:
+        task: what is to be brought about.
+        inverse, statistics, damping: how H is taken and inverted.
+        decay: weight decay by parameter name.
+        hessian_samples: take H over a random part of so many samples; `None` is all.
+        seed: of that part.
+        batch_size: samples a batch in products; `None` is that of the loader.
+        per_sample_loss, reduction: the training loss of one sample.
+    """
+
+    task: Task
+    inverse: PartialInverse
+    statistics: CurvatureStatistics
+    damping: Damping
+    decay: Mapping[str, float]
+    hessian_samples: int | None
+    seed: int
+    batch_size: int | None
+    per_sample_loss: PerSample | None
+    reduction: Reduction
+
+    def gradient(self, module: LightningModule) -> dict[str, Tensor]:
+        """g = (1/N) Σ_leaving ± ∇ℓ at the weights of the module."""
+        total: dict[str, Tensor] = {}
+        for sign, part in self.task.leaving:
+            for name, gradient in self._summed(module, part).items():
+                add = gradient * (sign / self.task.num_samples)
+                total[name] = total[name] + add if name in total else add
+        if not any(bool(gradient.any()) for gradient in total.values()):
+            raise QueryError(
+                "there is nothing to edit: what leaves has no gradient",
+                expected="samples whose loss depends on the parameters",
+                found="a gradient of 0",
+                hint="labels that are given again as they were change nothing",
+            )
+        return total
+
+    def slope(self, module: LightningModule) -> dict[str, Tensor]:
+        """∇J_new = (1/N) Σ_retained ∇ℓ + decay · θ at the weights of the module."""
+        parameters = dict(module.named_parameters())
+        return {
+            name: gradient / self.task.num_samples + self.decay.get(name, 0.0) * parameters[name].detach().to(gradient)
+            for name, gradient in self._summed(module, self.task.retained).items()
+        }
+
+    def answer(self, module: LightningModule, g: Mapping[str, Tensor]) -> tuple[Answer, dict[str, Any]]:
+        """The change δ (1, *shape) for a gradient that leaves, and what is left of it: ‖g − Hδ‖/‖g‖, of all parameters
+        and of those outside K."""
+        part = self.task.whole if self.inverse.about_all else self.task.retained
+        share = len(part) / self.task.num_samples  # H of the mean over `part`, times this, has 1/N
+        evidence = self._evidence(module, part, self.hessian_samples)
+        collected = self.statistics.collect(evidence)
+        curvature = collected.decayed({name: value / share for name, value in self.decay.items()})
+        damping = self.damping.times(1 / share) if isinstance(self.damping, Absolute) else self.damping
+        rows: Gradients = {
+            name: Dense((g[name] / share).to(_kind(module)).unsqueeze(0)) for name in curvature.parameters if name in g
+        }
+        answer = self.inverse.change(
+            curvature, rows, damping, (lambda v: self._of_group(module, v)) if self.inverse.about_all else None
+        )
+        told = {
+            "hessian_samples": evidence.num_samples,
+            "hessian_sampled": evidence.num_samples < len(part),
+            **answer.report(),
+            **_left(curvature, rows, answer.change, damping, getattr(self.inverse, "target", None)),
+        }
+        return answer, told
+
+    def _of_group(self, module: LightningModule, v: Gradients) -> Gradients:
+        """H_S v: the part of H that comes from what leaves."""
+        selection = select(module, list(v))
+        space = ParameterSpace({name: tuple(p.shape) for name, p in selection.parameters.items()})
+        flat = space.rows(v, next(iter(v.values())).dense())
+        total = torch.zeros_like(flat)
+        matrix: Any = getattr(self.statistics, "matrix", "hessian")
+        for sign, part in self.task.leaving:
+            operator = LossOperator(self._evidence(module, part, None, list(v)), matrix)
+            total += operator.matvec(flat) * (sign * len(part) / self.task.num_samples)
+        return space.named(total, tuple(v), v)
+
+    def _summed(self, module: LightningModule, part: Part) -> dict[str, Tensor]:
+        """Σ ∇ℓ of every trained parameter, in float64 where the device has it."""
+        evidence = self._evidence(module, part, None)
+        parameters = evidence.selection.parameters
+        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+
+        def add(found: Objective, ids: Tensor, batch: Any) -> None:
+            each = torch.autograd.grad(found.summed(), list(parameters.values()), materialize_grads=True)
+            for (name, total), gradient in zip(sums.items(), each, strict=True):
+                if not bool(gradient.isfinite().all()):
+                    raise QueryError(
+                        f"the gradient of {name!r} is NaN or infinite, in samples {int(ids[0])} to {int(ids[-1])}",
+                        expected="finite gradients",
+                        found="NaN or infinity",
+                        hint="look at these samples and their losses",
+                    )
+                total += gradient.to_dense() if gradient.is_sparse else gradient
+
+        evidence.visit_objectives(add, "gradients")
+        return sums
+
+    def _evidence(
+        self, module: LightningModule, part: Part, at_most: int | None, names: list[str] | None = None
+    ) -> TrainingEvidence:
+        return TrainingEvidence(
+            module,
+            select(module, "all" if names is None else names),
+            part.data,
+            labels=None,
+            seed=self.seed,
+            at_most=at_most,
+            positions=part.positions,
+            batch_size=self.batch_size,
+            per_sample_loss=self.per_sample_loss,
+            reduction=self.reduction,
+        )
+
+
+def _left(
+    curvature: Curvature, g: Gradients, change: Gradients, damping: Damping, target: TargetParameters | None
+) -> dict[str, Any]:
+    rows = curvature.connected(tuple(change))
+    shifts = curvature.shifts(damping)
+    product = curvature.matvec(change, rows=rows)
+    left, frozen, size = 0.0, 0.0, 0.0
+    for name, block in g.items():
+        rest = block.dense().double()
+        size += float(rest.square().sum())
+        if name in product:
+            rest = rest - product[name].dense().to(rest)
+        if name in change:
+            rest = rest - shifts[name] * change[name].dense().to(rest)
+        left += float(rest.square().sum())
+        if target is not None:
+            mask = target.masks.get(name)
+            frozen += float((rest if mask is None else rest * ~mask.to(rest.device)).square().sum())
+    norm = max(size, 1e-300) ** 0.5
+    return {"left": left**0.5 / norm, "left_frozen": None if target is None else frozen**0.5 / norm}
+
+
+def _kind(module: LightningModule) -> torch.dtype:
+    return accumulation_dtype(*module.parameters())

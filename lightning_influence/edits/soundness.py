@@ -1,0 +1,117 @@
+"""What must be true of a model before it is edited: one loss for one sample, and a weight decay that is known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor
+
+from lightning_influence.callbacks.optimizer_record import OptimizerRecord, denominators
+from lightning_influence.curvature import weight_decay
+from lightning_influence.edits.task import Part
+from lightning_influence.errors import LossError, QueryError
+from lightning_influence.objective import PerSample, Reduction, training_objective
+from lightning_influence.replay import isolated, to_device
+
+_LOOKED_AT = 8
+_TOLERANCE = 1e-4
+
+
+def checked_reduction(module: LightningModule, part: Part, per_sample_loss: PerSample | None) -> Reduction:
+    """How the training loss reduces its batch; found by comparing a few samples together and alone.
+
+    Raises:
+        LossError: the loss of a sample changes from one evaluation to the next (dropout), or with its batch (batch
+            normalisation in train mode).
+    """
+    ids = part.positions[: min(_LOOKED_AT, len(part))]
+    _, together, alone = part.data.alone(ids, range(len(ids)))
+
+    with isolated(module) as manual_losses:
+
+        def loss(batch: Any, count: int, reduction: Reduction) -> float:
+            placed = to_device(batch, module, None)
+            found = training_objective(
+                module, placed, count, per_sample_loss=per_sample_loss, reduction=reduction, manual_losses=manual_losses
+            )
+            return float(found.summed().detach())
+
+        first, again = (loss(together, len(ids), "mean") for _ in range(2))
+        if not _close(first, again):
+            raise LossError(
+                "the loss of the same samples is another one at every evaluation",
+                expected="a model that is deterministic in eval mode",
+                found=f"{first:.6g}, then {again:.6g}",
+                hint="switch off dropout and other noise that `eval()` leaves on (F.dropout(..., training=True))",
+            )
+        total = sum(loss(batch, 1, "mean") for batch in alone.values())
+        if _close(first, total):
+            return "mean"
+        if _close(loss(together, len(ids), "sum"), total):
+            return "sum"
+    raise LossError(
+        "the loss of a sample depends on the other samples of its batch",
+        expected=f"{total:.6g}, the sum over {len(ids)} samples, each evaluated alone",
+        found=f"{first:.6g} for the same samples in one batch",
+        hint="batch normalisation must use its running statistics in eval mode (track_running_stats=True, no train() "
+        "inside training_step); or define `per_sample_loss(batch) -> (N,)` on the module",
+    )
+
+
+def decay_of(
+    module: LightningModule,
+    given: float | Mapping[str, float] | None,
+    names: tuple[str, ...],
+    summed_over: int,
+) -> dict[str, float]:
+    """Weight decay in units of the mean loss, by parameter name: given, or read off the module's optimizers.
+
+    Raises:
+        QueryError: it cannot be read, or is decoupled (AdamW) and its optimizer's state is gone.
+    """
+    if isinstance(given, Mapping):
+        return {name: float(value) for name, value in given.items() if name in names and value}
+    if given is not None:
+        return {name: float(given) for name in names} if given else {}
+    trainer = module._trainer
+    if trainer is None or not trainer.optimizers:
+        try:
+            with isolated(module):
+                trainer = SimpleNamespace(optimizers=_optimizers(module.configure_optimizers()))  # type: ignore[assignment]
+        except Exception as error:  # whatever a user's function raises without a Trainer
+            raise _unknown(f"configure_optimizers() fails outside a fit ({type(error).__name__}: {error})") from error
+    known: Any = trainer
+    groups = OptimizerRecord().groups(known, module)
+    scales: dict[str, Tensor] = denominators(known, module)
+    for group in groups:
+        decoupled = group.options.get("decoupled_weight_decay", group.optimizer in ("AdamW", "NAdamW"))
+        if decoupled and group.options.get("weight_decay") and not all(n in scales for n in group.parameters):
+            raise _unknown(f"{group.optimizer} without its second moments")
+    return weight_decay(groups, names, scales, summed_over=summed_over)
+
+
+def _optimizers(made: Any) -> list[Any]:
+    if isinstance(made, dict):
+        made = made["optimizer"]
+    if isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], (tuple, list)):
+        made = made[0]
+    every = made if isinstance(made, (tuple, list)) else [] if made is None else [made]
+    return [one["optimizer"] if isinstance(one, dict) else one for one in every]
+
+
+def _unknown(found: str) -> QueryError:
+    return QueryError(
+        "the weight decay of the training is not known",
+        expected="optimizers that tell it",
+        found=found,
+        hint="pass weight_decay=, the factor of θ in the gradient of the mean loss (0 for none), or one by parameter "
+        "name; for AdamW it is wd (√v̂ + ε)",
+    )
+
+
+def _close(left: float, right: float) -> bool:
+    return bool(torch.isclose(torch.tensor(left), torch.tensor(right), rtol=_TOLERANCE, atol=1e-6))

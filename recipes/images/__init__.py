@@ -1,0 +1,1 @@
+"""Image classifiers for the experiments of model edits: their data, training, poisoning and judging."""
