@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from lightning.pytorch import LightningModule
@@ -15,7 +16,8 @@ from lightning_influence.replay import TrainingData, isolated, to_device
 
 Criterion = Callable[[LightningModule], float]
 
-STEPS = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0)
+_BETWEEN = 3  # steps tried on either side of the best of the given ones, up to its neighbours
+STEPS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0)
 
 
 @dataclass(frozen=True)
@@ -25,7 +27,7 @@ class LineSearch:
     Attributes:
         step: the best step.
         value: the criterion there, higher is better.
-        curve: (step, value) of every step that was tried.
+        curve: (step, value) of every step that was tried, ascending.
     """
 
     step: float
@@ -47,25 +49,32 @@ class Standing:
 
 
 def search(apply: Callable[[float], LightningModule], criterion: Criterion, steps: Sequence[float]) -> LineSearch:
-    """Try every step; of equal values the smallest step wins.
+    """Try every step, then a few between the best one's neighbours; of equal values the smallest step wins.
 
     Raises:
         QueryError: no steps, or a criterion that is NaN for all of them.
     """
-    curve = []
-    for step in tqdm(sorted(steps), desc="line search", unit="step", delay=2.0, leave=False):
-        value = float(criterion(apply(step)))
-        curve.append((float(step), value))
-    told = [(value, -step) for step, value in curve if value == value]
-    if not told:
-        raise QueryError(
-            "no step of the line search could be judged",
-            expected="steps, and a criterion that is a number for one of them",
-            found=f"{len(curve)} steps, all NaN" if curve else "no steps",
-            hint="look at the validation data and at criterion=",
-        )
-    value, negative = max(told)
-    return LineSearch(-negative, value, tuple(curve))
+    curve: dict[float, float] = {}
+
+    def tried(more: Sequence[float]) -> float:
+        for step in tqdm(more, desc="line search", unit="step", delay=2.0, leave=False):
+            curve[step] = float(criterion(apply(step)))
+        told = [(value, -step) for step, value in curve.items() if value == value]
+        if not told:
+            raise QueryError(
+                "no step of the line search could be judged",
+                expected="steps, and a criterion that is a number for one of them",
+                found=f"{len(curve)} steps, all NaN" if curve else "no steps",
+                hint="look at the validation data and at criterion=",
+            )
+        return -max(told)[1]
+
+    coarse = sorted({float(step) for step in steps})
+    place = coarse.index(tried(coarse))
+    ends = coarse[max(place - 1, 0) : place + 2]
+    between = [a + (b - a) * part / (_BETWEEN + 1) for a, b in pairwise(ends) for part in range(1, _BETWEEN + 1)]
+    best = tried(between)
+    return LineSearch(best, curve[best], tuple(sorted(curve.items())))
 
 
 def standing(

@@ -30,6 +30,7 @@ from lightning_influence.edits.soundness import checked_reduction, decay_of
 from lightning_influence.edits.task import Task, relabelling, removal, samples
 from lightning_influence.errors import QueryError, StoreError
 from lightning_influence.estimators import InfluenceFunction
+from lightning_influence.gradients import Dense, GradientBlock, TargetParameters
 from lightning_influence.objective import PerSample
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -236,6 +237,20 @@ class ModelEdit:
                 parameters[name].copy_(weight)
         return restored
 
+    def within(self, target: TargetParameters) -> ModelEdit:
+        """The part of this edit that lies in the target parameters: of an edit by `InfluenceFunction` that by
+        `ProjectedInfluenceFunction`, without another solve.
+
+        Raises:
+            CaptureError: target parameters of another model, or of parameters that the edit does not change.
+        """
+        target.check({**target.shapes, **{name: tuple(weight.shape) for name, weight in self.before.items()}})
+        path = {name: block.dense() for name, block in target.restricted(_rows(self.path)).items()}
+        record = {**self.record, "within": _target_record(target), "steps": [dict(s) for s in self.record["steps"]]}
+        for told in record["steps"]:
+            told["left"] = told["left_frozen"] = None  # of the whole edit, no longer of this one
+        return ModelEdit(path, {name: self.before[name] for name in path}, record)
+
     def line_search(
         self,
         module: LightningModule,
@@ -298,12 +313,13 @@ class ModelEdit:
 
     def __repr__(self) -> str:
         last = self.record["steps"][-1]
-        target = self.record.get("target")
+        target = self.record.get("within") or self.record.get("target")
         share = "all parameters" if target is None else f"{target['size']:,} of {target['total']:,} parameters"
         residual = "closed form" if last["residual"] is None else f"residual {last['residual']:.1e}"
+        left = "" if last["left"] is None else f", gradient left {last['left']:.3f}"
         return (
             f"ModelEdit({self.record['kind']} of {self.record['num_leaving']} from {self.record['num_samples']} "
-            f"samples by {self.record['method']}, {share}, {residual}, gradient left {last['left']:.3f})"
+            f"samples by {self.record['method']}, {share}, {residual}{left})"
         )
 
     def _check(self, module: LightningModule, exactly: bool) -> None:
@@ -387,10 +403,16 @@ def _settings(problem: Linearised) -> dict[str, Any]:
         "damping": problem.damping.record(),
         "decay": dict(problem.decay),
         "reduction": problem.reduction,
-        "target": None
-        if target is None
-        else {"size": target.size, "total": target.total, "origin": dict(target.origin)},
+        "target": None if target is None else _target_record(target),
     }
+
+
+def _target_record(target: TargetParameters) -> dict[str, Any]:
+    return {"size": target.size, "total": target.total, "origin": dict(target.origin)}
+
+
+def _rows(path: Mapping[str, Tensor]) -> dict[str, GradientBlock]:
+    return {name: Dense(changes) for name, changes in path.items()}
 
 
 def _plus(left: Mapping[str, Tensor], right: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
