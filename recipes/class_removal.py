@@ -9,6 +9,8 @@ python recipes/class_removal.py setting=class_removal_mnist data_root=/path/to/d
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import hydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
+from torch import Tensor
 
 from lightning_influence import ModelEdit, choose_target
 
@@ -25,6 +28,7 @@ from recipes.images.comparing import Row, Solving, edited, part, quiet, shown
 from recipes.images.data import ImageSplits, loader
 from recipes.images.judging import RemovalJudgement, judge_removal, probabilities
 from recipes.images.models import ImageClassifier
+from recipes.truths.retraining import Samples
 
 PERCENT = ("retained", "target", "F1")
 
@@ -39,42 +43,87 @@ def measured(judgement: RemovalJudgement) -> dict[str, float]:
     }
 
 
+@dataclass(frozen=True)
+class Setup:
+    """A classifier that is to forget a class, the one that never saw it, and what both are judged by.
+
+    Args:
+        images: all of them.
+        removed: the class.
+        original, retrained: trained with and without it, from the same initial weights.
+        truth: the retrained model's probabilities of the test images.
+    """
+
+    images: ImageSplits
+    removed: int
+    original: ImageClassifier
+    retrained: ImageClassifier
+    truth: Tensor
+
+    @classmethod
+    def of(
+        cls,
+        images: ImageSplits,
+        removed: int,
+        build: Callable[[], ImageClassifier],
+        train: Callable[[Callable[[], ImageClassifier], Samples], ImageClassifier],
+    ) -> Setup:
+        """Train both."""
+        retrained = train(build, part(images.train, images.train.labels != removed))
+        return cls(images, removed, train(build, images.train), retrained, probabilities(retrained, images.test))
+
+    @property
+    def ids(self) -> Tensor:
+        """Positions of the removed class in the training set."""
+        return (self.images.train.labels == self.removed).nonzero().squeeze(1)
+
+    @property
+    def keep(self) -> Any:
+        """Validation images of the classes that stay."""
+        held_out = self.images.validation
+        return loader(part(held_out, held_out.labels != self.removed), 500, shuffle=False)
+
+    @property
+    def forget(self) -> Any:
+        """Validation images of the removed class."""
+        held_out = self.images.validation
+        return loader(part(held_out, held_out.labels == self.removed), 500, shuffle=False)
+
+    def loader(self, batch_size: int) -> Any:
+        """The training images in their order."""
+        return loader(self.images.train, batch_size, shuffle=False)
+
+    def judged(self, module: ImageClassifier) -> RemovalJudgement:
+        """On the test images."""
+        return judge_removal(module, self.images.test, self.removed, self.truth)
+
+
 def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
     """All methods on one model, and the model retrained from the same initial weights."""
     build = partial(instantiate(config.classifier), channels=images.channels, size=images.size, classes=images.classes)
-    train = partial(instantiate(config.training), seed=seed)
-    removed = int(config.removed)
-    gone, kept = images.train.labels == removed, images.train.labels != removed
-    original: ImageClassifier = train(build, images.train)
-    retrained: ImageClassifier = train(build, part(images.train, kept))
-    truth = probabilities(retrained, images.test)
+    setup = Setup.of(images, int(config.removed), build, partial(instantiate(config.training), seed=seed))
+    original = setup.original
     rows: list[Row] = []
 
     def add(row: Row) -> None:
         rows.append(row)
         shown(row)
 
-    for name, module in (("original", original), ("retrained", retrained)):
-        add(Row(name, None, seed, measured(judge_removal(module, images.test, removed, truth))))
+    for name, module in (("original", original), ("retrained", setup.retrained)):
+        add(Row(name, None, seed, measured(setup.judged(module))))
     solving = Solving(**config.solving)
-    training = loader(images.train, solving.batch_size, shuffle=False)
-    ids = gone.nonzero().squeeze(1)
-    examined = ids[: config.examined].tolist()
+    training = setup.loader(solving.batch_size)
+    examined = setup.ids[: config.examined].tolist()
     targets = {
         float(ratio): choose_target(original, training, ratio=ratio, rule=config.rule, seed=seed, sample_ids=examined)
         for ratio in config.ratios
     }
-    how = solving.how(original.weight_decay, seed)
-    held_out = images.validation
-    keep, forget = (
-        loader(part(held_out, chosen), 500, shuffle=False)
-        for chosen in (held_out.labels != removed, held_out.labels == removed)
-    )
+    how = partial(solving.how, original.weight_decay, seed)
     for name, share, edit, seconds in edited(
-        original, targets, lambda method: ModelEdit.from_removal(original, training, ids, method, how), solving
+        targets, lambda method: ModelEdit.from_removal(original, training, setup.ids, method, how(method)), solving
     ):
-        step = edit.line_search(original, keep, forget).step
-        values = measured(judge_removal(edit.apply(original, step), images.test, removed, truth))
+        step = edit.line_search(original, setup.keep, setup.forget).step
+        values = measured(setup.judged(edit.apply(original, step)))
         add(Row(name, share, seed, values, step, seconds, edit.record["steps"][-1]["left"]))
     return rows
 

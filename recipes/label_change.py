@@ -69,12 +69,12 @@ def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
         float(ratio): choose_target(original, training, ratio=ratio, rule=config.rule, seed=seed, sample_ids=examined)
         for ratio in config.ratios
     }
-    how = solving.how(original.weight_decay, seed)
+    how = partial(solving.how, original.weight_decay, seed)
     labels = {int(i): int(images.train.labels[i]) for i in ids}
     clean, patched = images.validation, triggered(images.validation, wrong)
     held_out = Samples(torch.cat((clean.inputs, patched.inputs)), torch.cat((clean.labels, patched.labels)))
     for name, share, edit, seconds in edited(
-        original, targets, lambda method: ModelEdit.from_relabelling(original, training, labels, method, how), solving
+        targets, lambda method: ModelEdit.from_relabelling(original, training, labels, method, how(method)), solving
     ):
         step = edit.line_search(original, criterion=lambda module: accuracy(module, held_out)).step
         values = measured(judge_backdoor(edit.apply(original, step), images.test, stamped, wrong, truth))

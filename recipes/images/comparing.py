@@ -20,7 +20,6 @@ from lightning_influence import (
     Solver,
     TargetParameters,
 )
-from recipes.images.models import ImageClassifier
 from recipes.truths.retraining import Samples
 
 Make = Callable[[InfluenceFunction], ModelEdit]
@@ -35,6 +34,7 @@ class Solving:
         damping: λ, added to H.
         iterations: steps of MINRES (of LSMR for GIF, each of which costs two products with H).
         hessian_samples: training images that H is taken over; None is all that stay.
+        steps: linear steps, each at the weights that the one before has led to; SIF takes one.
         batch_size: images a batch in products with H.
         tolerance: relative residual at which a solver stops earlier.
     """
@@ -42,13 +42,15 @@ class Solving:
     damping: float
     iterations: int
     hessian_samples: int | None
+    steps: int = 1
     batch_size: int = 256
     tolerance: float = 1e-3
 
-    def how(self, weight_decay: float, seed: int) -> How:
+    def how(self, weight_decay: float, seed: int, method: InfluenceFunction | None = None) -> How:
         """The rest of an edit's settings."""
         return How(
             weight_decay=weight_decay,
+            steps=1 if isinstance(method, SecondOrderInfluenceFunction) else self.steps,
             hessian_samples=self.hessian_samples,
             seed=seed,
             batch_size=self.batch_size,
@@ -79,7 +81,6 @@ class Row:
 
 
 def edited(
-    module: ImageClassifier,
     targets: Mapping[float, TargetParameters],
     make: Make,
     solving: Solving,
@@ -96,15 +97,15 @@ def edited(
     solver = Solver("minres", solving.tolerance, solving.iterations)
     for share, target in targets.items():
         generalized = GeneralizedInfluenceFunction(target, damping=solving.damping, solver=solver)
-        yield "GIF", share, *_timed(make, generalized)
-        yield "FIF", share, *_timed(make, FreezingInfluenceFunction(target, damping=solving.damping, solver=solver))
+        yield "GIF", share, *timed(make, generalized)
+        yield "FIF", share, *timed(make, FreezingInfluenceFunction(target, damping=solving.damping, solver=solver))
     if not whole:
         return
-    first, seconds = _timed(make, InfluenceFunction(matrix, damping=solving.damping))
+    first, seconds = timed(make, InfluenceFunction(matrix, damping=solving.damping))
     for share, target in targets.items():
         yield "PIF", share, first.within(target), seconds
     yield "IF", 1.0, first, seconds
-    yield "SIF", 1.0, *_timed(make, SecondOrderInfluenceFunction(matrix, damping=solving.damping))
+    yield "SIF", 1.0, *timed(make, SecondOrderInfluenceFunction(matrix, damping=solving.damping))
 
 
 def part(samples: Samples, chosen: Tensor) -> Samples:
@@ -120,7 +121,8 @@ def shown(row: Row) -> None:
     print(f"seed {row.seed}  {row.method:10s} {share:>5s}  {values}{extra}", flush=True)
 
 
-def _timed(make: Make, method: InfluenceFunction) -> tuple[ModelEdit, float]:
+def timed(make: Make, method: InfluenceFunction) -> tuple[ModelEdit, float]:
+    """The edit that a method gives, and the seconds it took."""
     began = time.perf_counter()
     edit = make(method)
     return edit, time.perf_counter() - began

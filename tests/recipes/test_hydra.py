@@ -17,7 +17,8 @@ from omegaconf import DictConfig, OmegaConf
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-GROUPS = ("data", "model", "trainer", "callbacks", "curvature", "estimator")
+GROUPS = ("data", "model", "trainer", "callbacks", "curvature", "estimator", "images", "classifier", "training")
+PROGRAMS = {"estimator": "query", "images": "class_removal", "classifier": "class_removal", "training": "class_removal"}
 CHOICES = [(group, path.stem) for group in GROUPS for path in sorted((CONFIGS / group).glob("*.yaml"))]
 
 PROGRAM = """
@@ -53,7 +54,7 @@ def targets(config: object) -> list[str]:
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES, ids=lambda value: str(value))
 def test_every_choice_composes_and_its_targets_exist(group: str, choice: str) -> None:
-    recipe = "query" if group == "estimator" else "fit"
+    recipe = PROGRAMS.get(group, "fit")
     config = OmegaConf.to_container(composed(recipe, f"{group}={choice}")[group], resolve=False)
     for target in targets(config):
         assert callable(get_object(target))
@@ -64,6 +65,16 @@ def test_every_choice_composes_and_its_targets_exist(group: str, choice: str) ->
 def test_every_experiment_composes(path: Path) -> None:
     config = composed("fit", f"experiment={path.stem}")
     assert config.callbacks.influence.store == "/nowhere/influence"
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "setting").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_setting_composes_and_names_its_own_command(path: Path) -> None:
+    program = path.stem.rpartition("_")[0]
+    config = composed(program, f"setting={path.stem}", "data_root=/some/data")
+    assert f"recipes/{program}.py setting={path.stem} " in config.command
+    assert config.images.data_root == "/some/data"
+    assert len(config.seeds) >= 2 > len(config.when_quick.seeds)
+    assert config.title != composed(program).title  # it comes after the program's own values
 
 
 @pytest.mark.parametrize("name", ["fit", "query", "demo"])
