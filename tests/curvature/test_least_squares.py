@@ -234,7 +234,7 @@ def test_where_the_normal_equations_are_rounding_x_stays_zero(solve):
 
 def test_a_transpose_that_is_not_one_ends():
     solution = cgls(lambda x: x.new_zeros(len(x), 12), lambda u: u @ TALL, draws(2, 12))
-    assert not solution.converged and solution.iterations == 1 and not solution.x.any()
+    assert not solution.converged and solution.iterations <= 2 and not solution.x.any()
 
 
 def test_the_normal_residual_of_lsmr_and_of_the_series_never_grows():
