@@ -348,6 +348,25 @@ def influence(query: Tensor, train: Tensor, curvature: Tensor, damping: float) -
     return query @ torch.linalg.solve(damped, train.T)
 
 
+def generalized_change(hessian: Tensor, g: Tensor, inside: Tensor) -> Tensor:
+    """argmin ‖H[:, K] δ − g‖ for every gradient (Q, P), zero outside K; `inside` (P,) says what is in K."""
+    change = torch.zeros_like(g)
+    change[:, inside] = torch.linalg.lstsq(hessian[:, inside], g.T, driver="gelsd").solution.T
+    return change
+
+
+def freezing_change(hessian: Tensor, g: Tensor, inside: Tensor) -> Tensor:
+    """H[K, K]⁻¹ g_K, zero outside K."""
+    change = torch.zeros_like(g)
+    change[:, inside] = torch.linalg.solve(hessian[inside][:, inside], g[:, inside].T).T
+    return change
+
+
+def projected_change(hessian: Tensor, g: Tensor, inside: Tensor) -> Tensor:
+    """[H⁻¹ g]_K, zero outside K."""
+    return torch.linalg.solve(hessian, g.T).T * inside
+
+
 def logistic_regression(
     x: Tensor, y: Tensor, decay: float, weights: Tensor | None = None, classes: int = 3, start: Tensor | None = None
 ) -> Tensor:

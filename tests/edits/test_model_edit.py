@@ -1,0 +1,486 @@
+"""Model edits against retraining where that is exact; what they leave alone, how they are kept, what they refuse."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from lightning_influence import (
+    FreezingInfluenceFunction,
+    GeneralizedInfluenceFunction,
+    How,
+    InfluenceFunction,
+    ModelEdit,
+    ProjectedInfluenceFunction,
+    SecondOrderInfluenceFunction,
+    Solver,
+    TargetParameters,
+    TracIn,
+)
+from lightning_influence.curvature import Dense, MatrixFree
+from lightning_influence.edits import Standing, standing
+from lightning_influence.errors import CaptureError, LossError, QueryError, StoreError
+from tests.stores import quiet
+
+N, DECAY = 30, 0.1
+X = torch.randn(N, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+Y = torch.randn(N, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+LABELS = torch.randint(0, 3, (N,), generator=torch.Generator().manual_seed(2))
+IDS = [1, 5, 7, 20]
+EXACT = Solver("minres", tolerance=1e-13, max_iterations=500)
+pytestmark = pytest.mark.filterwarnings("ignore:.*stopped before its tolerance", "ignore:.*did not converge")
+
+
+class Model(LightningModule):
+    """A network, a loss, and SGD with weight decay."""
+
+    def __init__(self, network: nn.Module, loss: Any = F.mse_loss, decay: float = DECAY) -> None:
+        super().__init__()
+        self.network, self.loss, self.decay = network, loss, decay
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.loss(self.network(batch[0]), batch[1])
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1, weight_decay=self.decay)
+
+
+def ridge(y: Tensor = Y, without: Any = ()) -> Tensor:
+    """argmin (1/N) Σ_kept ℓ + decay/2 |θ|², (5, 2) with the biases last; the loss of a sample is a mean of two."""
+    kept = [i for i in range(N) if i not in without]
+    a = torch.cat([X, torch.ones(N, 1, dtype=torch.float64)], 1)[kept]
+    return torch.linalg.solve(a.T @ a / N + DECAY * torch.eye(5, dtype=torch.float64), a.T @ y[kept] / N)
+
+
+def fitted(loss: Any = F.mse_loss, decay: float = DECAY) -> Model:
+    """Linear regression at its optimum."""
+    module = Model(nn.Linear(4, 2).double(), loss, decay)
+    with torch.no_grad():
+        module.network.weight.copy_(ridge()[:4].T)
+        module.network.bias.copy_(ridge()[4])
+    return module
+
+
+def classifier(seed: int = 0) -> Model:
+    torch.manual_seed(seed)
+    layers = [nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)]
+    return Model(nn.Sequential(*layers).double(), F.cross_entropy)
+
+
+def loader(*tensors: Tensor, batch_size: int = 7) -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*(tensors or (X, Y))), batch_size=batch_size)
+
+
+def weights(module: Any) -> Tensor:
+    return torch.cat([module.network.weight.T, module.network.bias[None]]).detach()
+
+
+def methods(module: Any) -> dict[str, Any]:
+    everything = TargetParameters.everything(module)
+    exact = MatrixFree("hessian", "minres", tolerance=1e-13)
+    return {
+        "GIF": GeneralizedInfluenceFunction(everything, damping=0.0, solver=EXACT),
+        "FIF": FreezingInfluenceFunction(everything, damping=0.0, solver=EXACT),
+        "PIF": ProjectedInfluenceFunction(everything, exact, damping=0.0),
+        "IF": InfluenceFunction(exact, damping=0.0),
+        "dense": InfluenceFunction(Dense("hessian"), damping=0.0),
+    }
+
+
+def edit_of(module: Any = None, **how: Any) -> tuple[Any, TargetParameters, ModelEdit]:
+    """A classifier with an edit of a third of it."""
+    module = classifier() if module is None else module
+    generator = torch.Generator().manual_seed(3)
+    masks = {name: torch.rand(p.shape, generator=generator) < 0.3 for name, p in module.named_parameters()}
+    target = TargetParameters.of(module, masks)
+    method = GeneralizedInfluenceFunction(target, damping=0.05, solver=EXACT)
+    return module, target, ModelEdit.from_removal(module, loader(X, LABELS), IDS, method, How(**how))
+
+
+# Against retraining
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", ["GIF", "FIF", "PIF", "IF", "dense"])
+def test_on_a_quadratic_removal_is_retraining(name, steps):
+    module = fitted()
+    edit = ModelEdit.from_removal(module, loader(), IDS, methods(module)[name], How(steps=steps))
+    torch.testing.assert_close(weights(edit.apply(module)), ridge(without=IDS), rtol=1e-9, atol=1e-10)
+    told = edit.record["steps"]
+    assert len(told) == steps and told[0]["left"] < 1e-9 and told[0]["hessian_samples"] == N - len(IDS)
+
+
+@pytest.mark.parametrize("name", ["GIF", "IF"])
+def test_on_a_quadratic_relabelling_is_retraining(name):
+    module, other = fitted(), Y.clone()
+    other[IDS] = 3.0
+    edit = ModelEdit.from_relabelling(module, loader(), {i: other[i] for i in IDS}, methods(module)[name])
+    torch.testing.assert_close(weights(edit.apply(module)), ridge(other), rtol=1e-9, atol=1e-10)
+
+
+def test_on_a_quadratic_forgetting_given_samples_is_retraining():
+    module = fitted()
+    kept = [i for i in range(N) if i not in IDS]
+    edit = ModelEdit.from_samples(module, loader(X[IDS], Y[IDS]), loader(X[kept], Y[kept]), methods(module)["GIF"])
+    torch.testing.assert_close(weights(edit.apply(module)), ridge(without=IDS), rtol=1e-9, atol=1e-10)
+    assert (edit.record["num_samples"], edit.record["num_retained"]) == (N, N - len(IDS))
+
+
+def test_second_order_is_nearer_to_retraining_than_first():
+    module = fitted()
+    exact = MatrixFree("hessian", "minres", tolerance=1e-13)
+    edit = ModelEdit.from_removal(module, loader(), IDS, SecondOrderInfluenceFunction(exact, damping=0.0))
+    a = torch.cat([X, torch.ones(N, 1, dtype=torch.float64)], 1)
+    h = a.T @ a / N + DECAY * torch.eye(5, dtype=torch.float64)  # of all samples
+    g = a[IDS].T @ (a[IDS] @ ridge() - Y[IDS]) / N
+    first = torch.linalg.solve(h, g)
+    second = first + torch.linalg.solve(h, a[IDS].T @ a[IDS] / N @ first)
+    torch.testing.assert_close(weights(edit.apply(module)) - ridge(), second, rtol=1e-8, atol=1e-10)
+    truth = ridge(without=IDS) - ridge()
+    assert float((second - truth).norm()) < 0.5 * float((first - truth).norm())
+
+
+def test_repeated_linear_steps_come_nearer_where_the_loss_is_no_quadratic():
+    module = classifier()
+
+    def objective(model: Any, kept: Any) -> Tensor:
+        penalty = sum(p.square().sum() for p in model.parameters())
+        return F.cross_entropy(model.network(X[kept]), LABELS[kept], reduction="sum") / N + DECAY / 2 * penalty
+
+    def minimised(model: Any, kept: Any) -> Any:
+        steps = torch.optim.LBFGS(model.parameters(), max_iter=500, tolerance_grad=1e-12, tolerance_change=0)
+
+        def closure() -> Tensor:
+            steps.zero_grad()
+            loss = objective(model, kept)
+            loss.backward()
+            return loss
+
+        steps.step(closure)
+        return model
+
+    minimised(module, list(range(N)))
+    kept = [i for i in range(N) if i not in IDS]
+    truth = nn.utils.parameters_to_vector(minimised(copy.deepcopy(module), kept).parameters())
+    error = []
+    for steps in (1, 4):
+        method = InfluenceFunction(Dense("hessian"), damping=0.0)
+        edit = ModelEdit.from_removal(module, loader(X, LABELS), IDS, method, How(steps=steps))
+        found = nn.utils.parameters_to_vector(edit.apply(module).parameters())
+        error.append(float((found - truth).norm().detach()))
+        assert len(edit.path["network.0.weight"]) == steps
+    assert error[1] < 0.2 * error[0]
+
+
+def test_a_summed_loss_gives_the_same_edit():
+    """Beside a sum of seven losses the decay of the optimizer weighs a seventh."""
+
+    def summed(z: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(z, y, reduction="sum") / 2
+
+    mean, total = fitted(), fitted(summed, decay=7 * DECAY)
+    edits = [ModelEdit.from_removal(m, loader(), IDS, methods(m)["GIF"]) for m in (mean, total)]
+    assert edits[1].record["reduction"] == "sum" and edits[0].record["reduction"] == "mean"
+    torch.testing.assert_close(edits[0].change()["network.weight"], edits[1].change()["network.weight"])
+
+
+def test_batches_do_not_matter():
+    module = classifier()
+    method = InfluenceFunction(Dense("hessian"), damping=0.05)
+    found = [
+        ModelEdit.from_removal(module, loader(X, LABELS, batch_size=size), IDS, method).change()["network.0.weight"]
+        for size in (1, 7, 30)
+    ]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(found[0], found[2], rtol=1e-9, atol=1e-12)
+
+
+def test_a_sampled_hessian_is_recorded():
+    _, _, sampled = edit_of(hessian_samples=10)
+    _, _, whole = edit_of(hessian_samples=1000)
+    assert (sampled.record["steps"][0]["hessian_samples"], sampled.record["steps"][0]["hessian_sampled"]) == (10, True)
+    assert whole.record["steps"][0]["hessian_sampled"] is False
+    assert not torch.equal(sampled.change()["network.0.weight"], whole.change()["network.0.weight"])
+
+
+# What stays as it was
+
+
+def test_the_module_is_not_touched():
+    module = classifier().train()
+    module.network[0].weight.grad = torch.ones_like(module.network[0].weight)
+    before, random = copy.deepcopy(module.state_dict()), torch.get_rng_state()
+    _, target, edit = edit_of(module)
+    edited = edit.apply(module, 0.7)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+    assert torch.equal(random, torch.get_rng_state()) and module.training
+    assert torch.equal(module.network[0].weight.grad, torch.ones_like(module.network[0].weight))
+    for name, value in edited.state_dict().items():
+        mask = target.masks.get(name, torch.zeros_like(value, dtype=torch.bool))
+        assert not mask.any() or not torch.equal(value[mask], before[name][mask])
+        assert torch.equal(value[~mask], before[name][~mask])
+
+
+def test_undo_is_exact_and_steps_are_linear():
+    module, _, edit = edit_of()
+    restored = edit.undo(edit.apply(module, 0.3))
+    assert all(torch.equal(v, module.state_dict()[n]) for n, v in restored.state_dict().items())
+    change = edit.change(1.0)["network.0.weight"]
+    for step in (-1.0, 0.0, 0.5, 3.0):
+        torch.testing.assert_close(edit.change(step)["network.0.weight"], step * change)
+
+
+def test_a_path_of_several_steps_is_followed():
+    _, _, edit = edit_of(steps=2)
+    knots = edit.path["network.0.weight"]
+    torch.testing.assert_close(edit.change(0.5)["network.0.weight"], knots[0])
+    torch.testing.assert_close(edit.change(0.75)["network.0.weight"], (knots[0] + knots[1]) / 2)
+    torch.testing.assert_close(edit.change(1.5)["network.0.weight"], 2 * knots[1] - knots[0])
+
+
+def test_the_edited_module_trains_on(tmp_path: Path):
+    module, _, edit = edit_of()
+    edited = edit.apply(module)
+    quiet(max_epochs=1, default_root_dir=tmp_path).fit(edited, loader(X, LABELS))
+    assert not torch.equal(edited.network[0].weight, edit.apply(module).network[0].weight)
+    with pytest.raises(StoreError, match="not those that the edit was made on"):
+        edit.undo(edited)
+
+
+def test_part_of_a_whole_edit_is_the_projected_one():
+    module, target, _ = edit_of()
+    exact = Dense("hessian")
+    whole = ModelEdit.from_removal(module, loader(X, LABELS), IDS, InfluenceFunction(exact, damping=0.05))
+    cut = ModelEdit.from_removal(
+        module, loader(X, LABELS), IDS, ProjectedInfluenceFunction(target, exact, damping=0.05)
+    )
+    for name, change in whole.within(target).change().items():
+        torch.testing.assert_close(change, cut.change()[name])
+    assert "parameters" in repr(whole.within(target)) and whole.within(target).record["within"]["size"] == target.size
+
+
+# Keeping
+
+
+def test_edits_commute_with_saving_and_loading(tmp_path: Path):
+    module, _, edit = edit_of(steps=2)
+    edit.save(tmp_path / "edit")
+    loaded = ModelEdit.load(tmp_path / "edit")
+    assert loaded.record == json.loads(json.dumps(edit.record)) and repr(loaded) == repr(edit)
+    applied = edit.apply(module, 0.6).state_dict()
+    again = classifier(seed=1)
+    again.load_state_dict(module.state_dict())
+    assert all(torch.equal(v, applied[n]) for n, v in loaded.apply(again, 0.6).state_dict().items())
+    with pytest.raises(StoreError, match="there is an edit in"):
+        edit.save(tmp_path / "edit")
+
+
+def test_damaged_files(tmp_path: Path):
+    _, _, edit = edit_of()
+    for number, (name, spoil) in enumerate(
+        [
+            ("edit.safetensors", lambda data: data[:-8]),
+            ("edit.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
+            ("edit.json", lambda data: data[: len(data) // 2]),
+            ("edit.json", lambda data: b'{"version": 1}'),
+            ("edit.json", lambda data: data.replace(b'"version": 1', b'"version": 9')),
+        ]
+    ):
+        folder = edit.save(tmp_path / str(number))
+        (folder / name).write_bytes(spoil((folder / name).read_bytes()))
+        with pytest.raises(StoreError, match=name):
+            ModelEdit.load(folder)
+    with pytest.raises(StoreError, match="there is no edit"):
+        ModelEdit.load(tmp_path / "nowhere")
+
+
+# Line search
+
+
+def test_line_search_takes_the_best_step():
+    module, _, edit = edit_of()
+    start = module.network[0].weight.detach().clone()
+    whole = float((edit.apply(module).network[0].weight.detach() - start).norm())
+
+    def criterion(model: Any) -> float:
+        return -abs(float((model.network[0].weight.detach() - start).norm()) / whole - 1.3)
+
+    found = edit.line_search(module, criterion=criterion)
+    assert abs(found.step - 1.3) < 0.1 and found.value == max(value for _, value in found.curve)
+    assert edit.line_search(module, criterion=lambda model: 1.0).step == 0.0  # of equal ones the smallest
+
+
+def test_line_search_on_held_out_samples():
+    module, _, edit = edit_of()
+    held_out = loader(X + 0.1, LABELS)
+    by_loss = edit.line_search(module, held_out, steps=(0.0, 1.0))
+    assert by_loss.value == -standing(edit.apply(module, by_loss.step), held_out).loss
+    by_f1 = edit.line_search(module, held_out, loader(X[:5] + 0.2, LABELS[:5]), steps=(0.0, 1.0))
+    assert 0 <= by_f1.value <= 1
+    with pytest.raises(QueryError, match="held out of training"):
+        edit.line_search(module, loader(X, LABELS))
+    with pytest.raises(QueryError, match="something to judge by"):
+        edit.line_search(module)
+    with pytest.raises(QueryError, match="could be judged"):
+        edit.line_search(module, criterion=lambda model: float("nan"))
+
+
+def test_standing_is_loss_and_accuracy():
+    module = classifier()
+    z = module.network(X)
+    truth = Standing(float(F.cross_entropy(z, LABELS)), float((z.argmax(1) == LABELS).double().mean()))
+    found = standing(module, loader(X, LABELS))
+    assert abs(found.loss - truth.loss) < 1e-6 and found.accuracy == truth.accuracy
+    assert standing(fitted(), loader()).accuracy is None
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([], "nothing to edit"),
+        (list(range(N)), "all training samples"),
+        ([0, N], "not in the training set"),
+        ([3, 3], "nothing to edit"),
+        (torch.ones(N, dtype=torch.bool), "no sample ids"),
+        ([0.5], "no sample ids"),
+    ],
+    ids=["empty", "whole", "outside", "twice", "mask", "fraction"],
+)
+def test_sample_ids(ids, message):
+    module = fitted()
+    with pytest.raises(QueryError, match=message):
+        ModelEdit.from_removal(module, loader(), ids, methods(module)["GIF"])
+
+
+def test_labels_that_are_none():
+    module = fitted()
+    with pytest.raises(QueryError, match="by sample"):
+        ModelEdit.from_relabelling(module, loader(), [1, 2], methods(module)["GIF"])
+    with pytest.raises(QueryError, match="nothing to edit"):
+        ModelEdit.from_relabelling(module, loader(), {3: Y[3]}, methods(module)["GIF"])
+
+
+class Pairs(Dataset[Any]):
+    """Samples in the form that `make` gives them."""
+
+    def __init__(self, make: Any) -> None:
+        self.make = make
+
+    def __len__(self) -> int:
+        return N
+
+    def __getitem__(self, i: int) -> Any:
+        return self.make(X[i], LABELS[i])
+
+
+class OfDictionaries(Model):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step((batch["x"], batch["label"]), batch_idx)
+
+
+def test_labels_are_found_in_tuples_and_dictionaries():
+    module = classifier()
+    method = InfluenceFunction(Dense("hessian"), damping=0.05)
+    labels = {i: int((LABELS[i] + 1) % 3) for i in IDS}
+    expected = ModelEdit.from_relabelling(module, loader(X, LABELS), labels, method).change()
+    named = OfDictionaries(module.network, F.cross_entropy)
+    for model, make in (
+        (module, lambda x, y: (x, y)),
+        (module, lambda x, y: (x, int(y))),
+        (named, lambda x, y: {"x": x, "label": y}),
+    ):
+        data = DataLoader(Pairs(make), batch_size=7)
+        found = ModelEdit.from_relabelling(model, data, labels, method).change()
+        for name, change in expected.items():
+            torch.testing.assert_close(found[name], change)
+    odd = DataLoader(Pairs(lambda x, y: torch.cat([x, y[None]])), batch_size=7)
+    with pytest.raises(Exception, match="label of a training sample cannot be found"):
+        ModelEdit.from_relabelling(module, odd, labels, method)
+
+
+class Dropped(Model):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(F.dropout(self.network(batch[0]), 0.5, training=True), batch[1])
+
+
+def test_noise_is_refused():
+    module = Dropped(classifier().network)
+    with pytest.raises(LossError, match="another one at every evaluation"):
+        ModelEdit.from_removal(module, loader(X, LABELS), IDS, InfluenceFunction(Dense("hessian")))
+
+
+@pytest.mark.parametrize("running", [True, False])
+def test_batch_normalisation(running):
+    torch.manual_seed(0)
+    layers = (nn.Linear(4, 6), nn.BatchNorm1d(6, track_running_stats=running), nn.Tanh(), nn.Linear(6, 3))
+    module = Model(nn.Sequential(*layers).double(), F.cross_entropy)
+    method = InfluenceFunction(Dense("ggn"), damping=0.1)
+    if running:
+        assert ModelEdit.from_removal(module, loader(X, LABELS), IDS, method).record["num_leaving"] == len(IDS)
+        return
+    with pytest.raises((LossError, ValueError), match=r"depends on the other samples|more than 1 value"):
+        ModelEdit.from_removal(module, loader(X, LABELS), IDS, method)
+
+
+def test_methods_that_are_none():
+    module = classifier()
+    with pytest.raises(QueryError, match="no change of the weights"):
+        ModelEdit.from_removal(module, loader(X, LABELS), IDS, TracIn())  # type: ignore[arg-type]
+    with pytest.raises(QueryError, match="no store in which a damping was chosen"):
+        ModelEdit.from_removal(module, loader(X, LABELS), IDS, InfluenceFunction(Dense("ggn"), damping="auto"))
+    with pytest.raises(QueryError, match="already goes beyond"):
+        ModelEdit.from_removal(module, loader(X, LABELS), IDS, SecondOrderInfluenceFunction(), How(steps=2))
+    for wrong in ({"steps": 0}, {"hessian_samples": -1}, {"batch_size": True}):
+        with pytest.raises(QueryError, match="must be a whole number"):
+            How(**wrong)
+
+
+def test_another_model_or_other_weights():
+    module, _, edit = edit_of()
+    with pytest.raises(StoreError, match="belongs to another model"):
+        edit.apply(fitted())
+    with pytest.raises(StoreError, match="not those that the edit was made at"):
+        edit.apply(classifier(seed=5))
+    with pytest.raises(CaptureError, match="weight"):
+        method = GeneralizedInfluenceFunction(TargetParameters.everything(fitted()))
+        ModelEdit.from_removal(module, loader(X, LABELS), IDS, method)
+
+
+class Adam(Model):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.1, weight_decay=0.1)
+
+
+class NeedsTrainer(Model):
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1 / self.trainer.max_epochs)
+
+
+@pytest.mark.parametrize("kind", [Adam, NeedsTrainer])
+def test_a_weight_decay_that_is_not_known(kind):
+    module = kind(classifier().network, F.cross_entropy)
+    method = InfluenceFunction(Dense("hessian"), damping=0.05)
+    with pytest.raises(QueryError, match="weight decay of the training is not known"):
+        ModelEdit.from_removal(module, loader(X, LABELS), IDS, method)
+    given = ModelEdit.from_removal(module, loader(X, LABELS), IDS, method, How(weight_decay=DECAY))
+    read = ModelEdit.from_removal(classifier(), loader(X, LABELS), IDS, method)
+    torch.testing.assert_close(given.change()["network.0.weight"], read.change()["network.0.weight"])
+
+
+def test_samples_with_nan_are_named():
+    module, spoilt = fitted(), X.clone()
+    spoilt[20] = float("nan")
+    with pytest.raises(QueryError, match="NaN or infinite, in samples"):
+        ModelEdit.from_removal(module, loader(spoilt, Y), IDS, methods(module)["GIF"])
