@@ -41,6 +41,8 @@ def stand_ins() -> dict[str, Any]:
         "val_loader": library.val_dataloader(),
         "test_loader": loader,
         "query_loader": loader,
+        "forget_loader": library.predict_dataloader(),
+        "ids": [1, 3],
         "batch": next(iter(loader)),
         "decode": VOCABULARY.__getitem__,
         "texts": sentences(library.count),
@@ -58,10 +60,11 @@ def run(text: str, name: str = "README.md") -> dict[str, Any]:
 
 @pytest.mark.filterwarnings("ignore:Starting from v1.9.0, `tensorboardX` has been removed")
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`")
+@pytest.mark.filterwarnings("ignore:.*stopped before its tolerance")
 @pytest.mark.filterwarnings("ignore:The model was far from a stationary point")  # three epochs of five steps
 def test_the_readme_runs(tmp_path, monkeypatch):
     text = README.read_text(encoding="utf-8")
-    assert len(_BLOCK.findall(text)) == 3, "the blocks to fit, to query and with curvature are marked <!-- tested -->"
+    assert len(_BLOCK.findall(text)) == 4, "blocks to fit, query, with curvature, to edit"
     monkeypatch.chdir(tmp_path)
     run(text)
 
