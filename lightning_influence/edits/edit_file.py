@@ -15,6 +15,10 @@ from lightning_influence.artifacts.tensor_files import TensorFile, write_tensors
 from lightning_influence.errors import StoreError
 
 _TENSORS, _RECORD = "edit.safetensors", "edit.json"
+_NEEDED = (
+    "kind", "num_samples", "num_leaving", "fingerprints", "method", "target", "reduction", "module", "weights",
+    "weights_sha256", "steps",
+)  # fmt: skip
 _VERSION = 1
 
 
@@ -65,14 +69,19 @@ def read_edit(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[
         if fields.integer("version") != _VERSION:
             raise ValueError(f"version {facts['version']}")
         record = facts["edit"]
-        if not isinstance(record, dict) or not isinstance(record.get("steps"), list) or not record["steps"]:
-            raise ValueError("a record without steps")
+        if missing := [name for name in _NEEDED if name not in Fields(record).record]:
+            raise ValueError(f"a record without {missing[0]!r}")
+        if not isinstance(record["steps"], list) or not all(
+            {"residual", "left"} <= set(Fields(step).record) for step in record["steps"]
+        ):
+            raise ValueError("a record that does not tell its steps")
         size, sha256 = fields.integer("bytes"), fields.text("sha256")
     except (KeyError, TypeError, ValueError, StoreError) as error:
         raise _damaged(folder / _RECORD, error) from error
     held = TensorFile(folder, _TENSORS, size=size, sha256=sha256).read()
     path, before = (_named(held, prefix) for prefix in ("path|", "before|"))
-    if not path or set(path) != set(before) or any(path[n].shape[1:] != before[n].shape for n in path):
+    steps = len(record["steps"])
+    if not path or set(path) != set(before) or any(path[n].shape != (steps, *before[n].shape) for n in path):
         raise _damaged(folder / _TENSORS, ValueError("changes that do not belong to the weights before them"))
     return path, before, record
 

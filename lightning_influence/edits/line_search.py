@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from tqdm.auto import tqdm
 
@@ -84,7 +85,7 @@ def standing(
     data = TrainingData.of(loader, forked=True)
     positions = [range(a, min(a + data.batch_size, len(data))) for a in range(0, len(data), data.batch_size)]
     total, right, known = 0.0, 0.0, True
-    with isolated(module) as manual_losses:
+    with torch.inference_mode(False), isolated(module) as manual_losses:
         for ids, batch in zip(positions, data.batches(positions), strict=True):
             placed = to_device(batch, module, None)
             found = training_objective(
@@ -134,13 +135,13 @@ def keeping_and_forgetting(
     return criterion
 
 
-def refuse_training_set(loader: Any, fingerprint: str) -> None:
+def refuse_training_set(loader: Any, fingerprints: Sequence[str]) -> None:
     """Refuse to pick a step on the samples that were trained on.
 
     Raises:
         QueryError: the loader's dataset is the training set.
     """
-    if TrainingData.of(loader, forked=True).fingerprint() == fingerprint:
+    if TrainingData.of(loader, forked=True).fingerprint() in fingerprints:
         raise QueryError(
             "a step is picked on samples that were held out of training",
             expected="a validation set",

@@ -24,7 +24,7 @@ from lightning_influence.curvature.parameter_space import ParameterSpace
 from lightning_influence.edits.task import Part, Task
 from lightning_influence.errors import QueryError
 from lightning_influence.gradients import Dense, Gradients, TargetParameters, accumulation_dtype, select
-from lightning_influence.objective import Objective, PerSample, Reduction
+from lightning_influence.objective import Labels, Objective, PerSample, Reduction
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class Linearised:
         task: what is to be brought about.
         inverse, statistics, damping: how H is taken and inverted.
         decay: weight decay by parameter name.
+        parameters: those that H is about, and that change.
+        labels: over which labels H is taken; `None` lets the loss choose.
         hessian_samples: take H over a random part of so many samples; `None` is all.
         seed: of that part.
         batch_size: samples a batch in products; `None` is that of the loader.
@@ -46,6 +48,8 @@ class Linearised:
     statistics: CurvatureStatistics
     damping: Damping
     decay: Mapping[str, float]
+    parameters: tuple[str, ...]
+    labels: Labels | None
     hessian_samples: int | None
     seed: int
     batch_size: int | None
@@ -81,7 +85,7 @@ class Linearised:
         and of those outside K."""
         part = self.task.whole if self.inverse.about_all else self.task.retained
         share = len(part) / self.task.num_samples  # H of the mean over `part`, times this, has 1/N
-        evidence = self._evidence(module, part, self.hessian_samples)
+        evidence = self._evidence(module, part, self.hessian_samples, list(self.parameters))
         collected = self.statistics.collect(evidence)
         curvature = collected.decayed({name: value / share for name, value in self.decay.items()})
         damping = self.damping.times(1 / share) if isinstance(self.damping, Absolute) else self.damping
@@ -94,6 +98,7 @@ class Linearised:
         told = {
             "hessian_samples": evidence.num_samples,
             "hessian_sampled": evidence.num_samples < len(part),
+            "labels": evidence.labels,
             **answer.report(),
             **_left(curvature, rows, answer.change, damping, getattr(self.inverse, "target", None)),
         }
@@ -106,6 +111,7 @@ class Linearised:
         flat = space.rows(v, next(iter(v.values())).dense())
         total = torch.zeros_like(flat)
         matrix: Any = getattr(self.statistics, "matrix", "hessian")
+        matrix = "ggn" if matrix == "fisher" else matrix  # the same one, by products
         for sign, part in self.task.leaving:
             operator = LossOperator(self._evidence(module, part, None, list(v)), matrix)
             total += operator.matvec(flat) * (sign * len(part) / self.task.num_samples)
@@ -139,7 +145,7 @@ class Linearised:
             module,
             select(module, "all" if names is None else names),
             part.data,
-            labels=None,
+            labels=self.labels,
             seed=self.seed,
             at_most=at_most,
             positions=part.positions,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -159,8 +161,8 @@ class ModelEdit:
 
     @classmethod
     def _made(cls, module: LightningModule, task: Task, method: InfluenceFunction, how: How) -> ModelEdit:
-        problem = _linearised(module, task, method, how)
         with torch.inference_mode(False):
+            problem = _linearised(module, task, method, how)
             work = copy.deepcopy(module)
             parameters = {name: p for name, p in work.named_parameters() if p.requires_grad}
             start = {name: p.detach().clone() for name, p in parameters.items()}
@@ -184,11 +186,12 @@ class ModelEdit:
         _refuse_not_finite(path)
         record = {
             **task.record(),
-            "fingerprint": task.fingerprint(),
+            "fingerprints": task.fingerprints(),
             "method": type(method).__name__,
             **_settings(problem),
             "module": type(module).__name__,
             "weights_sha256": _digest(start),
+            "weights": list(start),
             "steps": told,
         }
         return cls(path, {name: start[name].cpu() for name in path}, record)
@@ -197,7 +200,18 @@ class ModelEdit:
 
     def change(self, step: float = 1.0) -> dict[str, Tensor]:
         """The change of the weights that `apply` makes, by parameter name. Between the knots of a path, and beyond its
-        ends, it is linear."""
+        ends, it is linear.
+
+        Raises:
+            QueryError: a step that is no finite number.
+        """
+        if isinstance(step, bool) or not isinstance(step, Real) or not math.isfinite(step):
+            raise QueryError(
+                "an edit cannot be followed so far",
+                expected="a finite number, 1 for the whole edit",
+                found=repr(step),
+                hint="pass step=1.0, or the step that line_search found",
+            )
         knots = len(next(iter(self.path.values())))
         number = min(max(int(step * knots), 0), knots - 1)
         inside = step * knots - number
@@ -214,9 +228,10 @@ class ModelEdit:
             StoreError: the module is not the one that the edit was made for, or has other weights.
         """
         self._check(module, exactly=True)
-        edited = copy.deepcopy(module)
-        parameters = dict(edited.named_parameters())
+        self._check_all(module)
         with torch.inference_mode(False), torch.no_grad():
+            edited = copy.deepcopy(module)
+            parameters = dict(edited.named_parameters())
             for name, change in self.change(step).items():
                 weight = parameters[name]
                 change = change.to(weight)
@@ -227,14 +242,15 @@ class ModelEdit:
         """A copy of an edited module with the weights from before, bit by bit.
 
         Raises:
-            StoreError: another module, or one that was trained on since.
+            StoreError: another module, or one whose other weights have changed since, as by training on.
         """
         self._check(module, exactly=False)
-        restored = copy.deepcopy(module)
-        parameters = dict(restored.named_parameters())
         with torch.inference_mode(False), torch.no_grad():
+            restored = copy.deepcopy(module)
+            parameters = dict(restored.named_parameters())
             for name, weight in self.before.items():
                 parameters[name].copy_(weight)
+        self._check_all(restored)
         return restored
 
     def within(self, target: TargetParameters) -> ModelEdit:
@@ -285,7 +301,7 @@ class ModelEdit:
         reduction: Any = self.record["reduction"]
         for loader in (validation_loader, forget_loader):
             if loader is not None:
-                refuse_training_set(loader, str(self.record["fingerprint"]))
+                refuse_training_set(loader, self.record["fingerprints"])
         if criterion is None:
             criterion = (
                 keeping(validation_loader, per_sample_loss, reduction)
@@ -345,6 +361,18 @@ class ModelEdit:
                     "make a new one for weights that were trained on",
                 )
 
+    def _check_all(self, module: LightningModule) -> None:
+        """Refuse a module whose weights before the edit are others than those of the edit's, outside K too."""
+        parameters = dict(module.named_parameters())
+        held = {name: parameters[name].detach() for name in self.record["weights"] if name in parameters}
+        if len(held) < len(self.record["weights"]) or _digest(held) != self.record["weights_sha256"]:
+            raise StoreError(
+                "weights that the edit does not change are not those that it was made beside",
+                expected=f"all {len(self.record['weights'])} trained parameters as they were",
+                found="changed weights, as by training on",
+                hint="make a new edit for weights that were trained on",
+            )
+
 
 def _linearised(module: LightningModule, task: Task, method: InfluenceFunction, how: How) -> Linearised:
     """The problem, after all that can be refused early."""
@@ -374,13 +402,16 @@ def _linearised(module: LightningModule, task: Task, method: InfluenceFunction, 
         target.check({name: tuple(p.shape) for name, p in module.named_parameters()})
     reduction = checked_reduction(module, task.retained, how.per_sample_loss)
     names = tuple(name for name, p in module.named_parameters() if p.requires_grad)
+    statistics = _statistics(method)
     summed = task.whole.data.batch_size if reduction == "sum" else 1
     return Linearised(
         task,
         method.inverse,
-        _statistics(method),
+        statistics,
         method.damping,
         decay_of(module, how.weight_decay, names, summed),
+        method.chosen(names),
+        method.labels_for(statistics),
         how.hessian_samples,
         how.seed,
         how.batch_size,

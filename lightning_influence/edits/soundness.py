@@ -18,7 +18,6 @@ from lightning_influence.objective import PerSample, Reduction, training_objecti
 from lightning_influence.replay import isolated, to_device
 
 _LOOKED_AT = 8
-_TOLERANCE = 1e-4
 
 
 def checked_reduction(module: LightningModule, part: Part, per_sample_loss: PerSample | None) -> Reduction:
@@ -29,6 +28,7 @@ def checked_reduction(module: LightningModule, part: Part, per_sample_loss: PerS
             normalisation in train mode).
     """
     ids = part.positions[: min(_LOOKED_AT, len(part))]
+    tolerance = max(torch.finfo(p.dtype).eps ** 0.5 for p in module.parameters() if p.is_floating_point())
     _, together, alone = part.data.alone(ids, range(len(ids)))
 
     with isolated(module) as manual_losses:
@@ -41,7 +41,7 @@ def checked_reduction(module: LightningModule, part: Part, per_sample_loss: PerS
             return float(found.summed().detach())
 
         first, again = (loss(together, len(ids), "mean") for _ in range(2))
-        if not _close(first, again):
+        if not _close(first, again, tolerance):
             raise LossError(
                 "the loss of the same samples is another one at every evaluation",
                 expected="a model that is deterministic in eval mode",
@@ -49,9 +49,9 @@ def checked_reduction(module: LightningModule, part: Part, per_sample_loss: PerS
                 hint="switch off dropout and other noise that `eval()` leaves on (F.dropout(..., training=True))",
             )
         total = sum(loss(batch, 1, "mean") for batch in alone.values())
-        if _close(first, total):
+        if _close(first, total, tolerance):
             return "mean"
-        if _close(loss(together, len(ids), "sum"), total):
+        if _close(loss(together, len(ids), "sum"), total, tolerance):
             return "sum"
     raise LossError(
         "the loss of a sample depends on the other samples of its batch",
@@ -71,12 +71,11 @@ def decay_of(
     """Weight decay in units of the mean loss, by parameter name: given, or read off the module's optimizers.
 
     Raises:
-        QueryError: it cannot be read, or is decoupled (AdamW) and its optimizer's state is gone.
+        QueryError: it cannot be read, or is decoupled (AdamW) and its optimizer's state is gone; what is given is no
+            decay, or one of parameters that are not trained.
     """
-    if isinstance(given, Mapping):
-        return {name: float(value) for name, value in given.items() if name in names and value}
     if given is not None:
-        return {name: float(given) for name in names} if given else {}
+        return _checked(given, names)
     trainer = module._trainer
     if trainer is None or not trainer.optimizers:
         try:
@@ -92,6 +91,20 @@ def decay_of(
         if decoupled and group.options.get("weight_decay") and not all(n in scales for n in group.parameters):
             raise _unknown(f"{group.optimizer} without its second moments")
     return weight_decay(groups, names, scales, summed_over=summed_over)
+
+
+def _checked(given: float | Mapping[str, float], names: tuple[str, ...]) -> dict[str, float]:
+    decay = dict(given) if isinstance(given, Mapping) else dict.fromkeys(names, given)
+    for name, value in decay.items():
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if name not in names or not number or not 0 <= value < float("inf"):
+            raise QueryError(
+                "this is no weight decay of the parameters that are trained",
+                expected=f"a number, 0 or more, or such numbers by name among {', '.join(names)}",
+                found=repr(value) if name in names else repr(name),
+                hint="pass weight_decay=, the factor of θ in the gradient of the mean loss, 0 for none",
+            )
+    return {name: float(value) for name, value in decay.items() if value}
 
 
 def _optimizers(made: Any) -> list[Any]:
@@ -113,5 +126,5 @@ def _unknown(found: str) -> QueryError:
     )
 
 
-def _close(left: float, right: float) -> bool:
-    return bool(torch.isclose(torch.tensor(left), torch.tensor(right), rtol=_TOLERANCE, atol=1e-6))
+def _close(left: float, right: float, tolerance: float) -> bool:
+    return abs(left - right) <= tolerance * abs(right) + 1e-6

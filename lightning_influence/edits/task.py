@@ -48,9 +48,10 @@ class Task:
     leaving: tuple[tuple[float, Part], ...]
     num_samples: int
 
-    def fingerprint(self) -> str:
-        """That of the training set."""
-        return self.whole.data.fingerprint()
+    def fingerprints(self) -> list[str]:
+        """That of the training set, and those of the datasets that it was put together from."""
+        datasets = [self.whole.data, self.retained.data, *(part.data for _, part in self.leaving)]
+        return list(dict.fromkeys(data.fingerprint() for data in datasets))
 
     def record(self) -> dict[str, Any]:
         """Who leaves, as plain JSON."""
@@ -170,9 +171,31 @@ def with_label(sample: Any, label: Any) -> Any:
     )
 
 
+def label_like(old: Tensor, new: Any) -> Tensor:
+    """A new label in the type and shape of the old one.
+
+    Raises:
+        QueryError: one that does not fit into them.
+    """
+    try:
+        given = torch.as_tensor(new)
+        fitting = given.to(old.dtype)
+        fits = old.is_floating_point() or bool((fitting == given).all())
+        if fits:
+            return fitting.expand_as(old).clone()
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        pass
+    raise QueryError(
+        "a new label is none of the kind that the sample had",
+        expected=f"what fits into shape {tuple(old.shape)} of {old.dtype}",
+        found=repr(new),
+        hint="give labels of the type and shape that the dataset has, or pass relabel=",
+    )
+
+
 def _alike(old: Any, new: Any) -> Any:
     if isinstance(old, Tensor):
-        return torch.as_tensor(new, dtype=old.dtype).expand_as(old).clone()
+        return label_like(old, new)
     return new.item() if isinstance(new, Tensor) and new.numel() == 1 else new
 
 
@@ -181,7 +204,7 @@ def _relabelled(data: TrainingData, labels: Mapping[int, Any], relabel: Replace 
     if relabel is None and type(dataset) is TensorDataset and data.collate is default_collate:
         last = dataset.tensors[-1].clone()  # stays what can be indexed in one step
         for position, label in labels.items():
-            last[int(position)] = torch.as_tensor(label, dtype=last.dtype)
+            last[int(position)] = label_like(last[int(position)], label)
         return TensorDataset(*dataset.tensors[:-1], last)
     return Relabelled(dataset, {int(i): label for i, label in labels.items()}, relabel or with_label)
 
@@ -192,12 +215,17 @@ def _checked_ids(sample_ids: Tensor | Sequence[int], length: int) -> tuple[int, 
     Raises:
         QueryError: none, or not different positions in the training set.
     """
-    found = torch.as_tensor(sample_ids)
-    if found.dtype == torch.bool or (found.is_floating_point() and found.numel()) or found.dim() != 1:
+    try:
+        found = torch.as_tensor(sample_ids)
+        whole = not (found.dtype == torch.bool or found.is_floating_point() or found.is_complex())
+        told = f"{tuple(found.shape)} of {found.dtype}"
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        found, whole, told = torch.zeros(()), False, f"{type(sample_ids).__name__}: {error}"
+    if found.dim() != 1 or not (whole or not found.numel()):
         raise QueryError(
             "these are no sample ids",
             expected="one dimension of whole numbers",
-            found=f"{tuple(found.shape)} of {found.dtype}",
+            found=told,
             hint="sample ids are positions in the training set; of a mask take mask.nonzero().flatten()",
         )
     ids = sorted(int(i) for i in found.tolist())

@@ -145,6 +145,23 @@ class InfluenceFunction(Estimator):
             )
         return Damping.from_record(value)
 
+    def labels_for(self, statistics: CurvatureStatistics) -> Labels | None:
+        """Over which labels statistics are estimated when they are needed; `None` lets the loss choose.
+
+        Raises:
+            CurvatureError: labels that these statistics have no use for.
+        """
+        refuse_labels(statistics, self._labels)
+        return self._labels or ("observed" if statistics.from_stored else None)
+
+    def chosen(self, known: tuple[str, ...]) -> tuple[str, ...]:
+        """Of the parameters those that `parameters=` names.
+
+        Raises:
+            QueryError: a glob that names none.
+        """
+        return _chosen(known, self._globs)
+
     def solved(self, stage: Stage, found: RecordedCurvature, v: Gradients, damping: Damping) -> Gradients:
         """T v = (H + λI)⁻¹ v, at the weights that the curvature belongs to where it needs the model."""
         with stage.at(found.at) if found.curvature.needs_model else nullcontext():
@@ -227,7 +244,7 @@ class InfluenceFunction(Estimator):
                 module,
                 select(module, list(names), input_only=look_ups(stage.store)),
                 data,
-                labels=self._labels or ("observed" if statistics.from_stored else None),
+                labels=self.labels_for(statistics),
                 seed=self._seed,
                 per_sample_loss=stage.per_sample_loss,
                 reduction=stage.reduction,
