@@ -134,21 +134,20 @@ def main(config: DictConfig) -> float:
     chosen: Any = OmegaConf.merge(config, config.when_quick) if config.quick else config
     quiet()
     images: ImageSplits = instantiate(chosen.images)
-    rows = [row for seed in chosen.seeds for row in rows_of(chosen, images, seed)]
-    samples = chosen.solving.hessian_samples or "all remaining"
     remarks = [
         f"Class {images.label_names[chosen.removed]} of {len(images.train)} training images removed; in per cent the "
         f"accuracies on {len(images.test)} test images, of the retained classes and of the removed one, and their F1; "
-        "the mean total variation distance to the retrained model's predictions; mean ± standard deviation over "
-        f"{len(chosen.seeds)} seeds.",
+        "the mean total variation distance to the retrained model's predictions; mean ± standard deviation over the "
+        "seeds.",
         "",
-        f"Exact Hessian over {samples} training images, λ = {chosen.solving.damping}, at most "
-        f"{chosen.solving.iterations} steps of MINRES; K by {chosen.rule}; step chosen on {len(images.validation)} "
+        f"{Solving(**chosen.solving)}; K by {chosen.rule}; step chosen on {len(images.validation)} "
         "validation images. PIF's solve is that of IF.",
     ]
-    results = Path(chosen.results)
-    body = tables.table(rows, PERCENT)
-    tables.write(results.with_suffix(".md"), f"Class removal, {chosen.title}", chosen.command, remarks, body)
+    title, results, rows = f"Class removal, {chosen.title}", Path(chosen.results), list[Row]()
+    for seed in chosen.seeds:
+        rows += rows_of(chosen, images, seed)  # written after each seed: a run that is stopped keeps what it has
+        tables.write(results.with_suffix(".md"), title, chosen.command, remarks, rows, PERCENT)
+    print(results.with_suffix(".md").read_text())
     tables.plot(rows, ("retained", "target", "F1", "distance"), results.with_suffix(".png"))
     found = [row.values["F1"] for row in rows if row.method == "GIF"]
     return sum(found) / len(found)

@@ -66,15 +66,15 @@ def main(config: DictConfig) -> float:
     chosen: Any = OmegaConf.merge(config, config.when_quick) if config.quick else config
     quiet()
     images: ImageSplits = instantiate(chosen.images)
-    rows = [row for seed in chosen.seeds for row in rows_of(chosen, images, seed)]
     remarks = [
-        f"GIF of the removal of class {images.label_names[chosen.removed]}, as in the class removal table; "
-        f"{len(chosen.seeds)} seeds. Exact Hessian over {chosen.solving.hessian_samples or 'all remaining'} training "
-        f"images, λ = {chosen.solving.damping}, at most {chosen.solving.iterations} steps of LSMR.",
+        f"GIF of the removal of class {images.label_names[chosen.removed]}, as in the class removal table. "
+        f"{Solving(**chosen.solving)}.",
     ]
-    results = Path(chosen.results)
-    body = tables.table(rows, PERCENT)
-    tables.write(results.with_suffix(".md"), f"Parameter selection, {chosen.title}", chosen.command, remarks, body)
+    title, results, rows = f"Parameter selection, {chosen.title}", Path(chosen.results), list[Row]()
+    for seed in chosen.seeds:
+        rows += rows_of(chosen, images, seed)  # written after each seed: a run that is stopped keeps what it has
+        tables.write(results.with_suffix(".md"), title, chosen.command, remarks, rows, PERCENT)
+    print(results.with_suffix(".md").read_text())
     tables.plot(rows, (*PERCENT, "distance"), results.with_suffix(".png"))
     return max(
         sum(row.values["F1"] for row in members) / len(members)

@@ -46,6 +46,13 @@ class Solving:
     batch_size: int = 256
     tolerance: float = 1e-3
 
+    def __str__(self) -> str:
+        images = "all training images" if self.hessian_samples is None else f"{self.hessian_samples} training images"
+        return (
+            f"Exact Hessian over {images}, λ = {self.damping}, at most {self.iterations} steps of MINRES or LSMR "
+            f"in each of {self.steps} linear steps"
+        )
+
     def how(self, weight_decay: float, seed: int, method: InfluenceFunction | None = None) -> How:
         """The rest of an edit's settings."""
         return How(

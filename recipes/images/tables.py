@@ -38,11 +38,14 @@ def table(rows: Sequence[Row], percent: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
-def write(path: Path, title: str, command: str, remarks: Sequence[str], body: str) -> None:
+def write(
+    path: Path, title: str, command: str, remarks: Sequence[str], rows: Sequence[Row], percent: Sequence[str]
+) -> None:
     """Write a result with the command that made it."""
+    seeds = sorted({row.seed for row in rows})
+    told = [*remarks, "", f"Seeds: {', '.join(map(str, seeds))}."]
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join([f"# {title}", "", f"`{command}`", "", *remarks, "", body, ""]), encoding="utf-8")
-    print(f"\n{body}\n\nwritten to {path}")
+    path.write_text("\n".join([f"# {title}", "", f"`{command}`", "", *told, "", table(rows, percent), ""]))
 
 
 def plot(rows: Sequence[Row], measures: Sequence[str], path: Path) -> None:
