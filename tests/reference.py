@@ -367,6 +367,25 @@ def projected_change(hessian: Tensor, g: Tensor, inside: Tensor) -> Tensor:
     return torch.linalg.solve(hessian, g.T).T * inside
 
 
+def generalized_transform(hessian: Tensor, inside: Tensor) -> Tensor:
+    """T = H[:, K] (H[K, :] H[:, K])⁻¹ of the K part of a vector, (P, P): `generalized_change` transposed."""
+    columns, transform = hessian[:, inside], torch.zeros_like(hessian)
+    transform[:, inside] = columns @ torch.linalg.inv(columns.T @ columns)
+    return transform
+
+
+def freezing_transform(hessian: Tensor, inside: Tensor) -> Tensor:
+    """T = H[K, K]⁻¹, zero outside K, (P, P)."""
+    transform = torch.zeros_like(hessian)
+    transform[torch.outer(inside, inside)] = torch.linalg.inv(hessian[inside][:, inside]).flatten()
+    return transform
+
+
+def projected_transform(hessian: Tensor, inside: Tensor) -> Tensor:
+    """T = H⁻¹ of the K part of a vector, (P, P)."""
+    return torch.linalg.inv(hessian) * inside
+
+
 def logistic_regression(
     x: Tensor, y: Tensor, decay: float, weights: Tensor | None = None, classes: int = 3, start: Tensor | None = None
 ) -> Tensor:

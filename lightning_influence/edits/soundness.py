@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from types import SimpleNamespace
 from typing import Any
 
@@ -96,8 +97,8 @@ def decay_of(
 def _checked(given: float | Mapping[str, float], names: tuple[str, ...]) -> dict[str, float]:
     decay = dict(given) if isinstance(given, Mapping) else dict.fromkeys(names, given)
     for name, value in decay.items():
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if name not in names or not number or not 0 <= value < float("inf"):
+        number = isinstance(value, Real) and not isinstance(value, bool)
+        if name not in names or not number or not 0 <= float(value) < float("inf"):
             raise QueryError(
                 "this is no weight decay of the parameters that are trained",
                 expected=f"a number, 0 or more, or such numbers by name among {', '.join(names)}",

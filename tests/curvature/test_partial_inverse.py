@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 from lightning_influence.curvature import (
     EKFAC,
     Absolute,
+    DataInf,
     Dense,
     Freezing,
     Generalized,
@@ -71,8 +72,14 @@ class Setting:
         self.inside = self.target.flat(self.shapes)
         self.g = vectors(self.shapes, 2, seed=seed + 1)
 
-    def flat(self, v: Any) -> Tensor:
-        zeros = {name: block.dense() * 0 for name, block in self.g.items()}
+    def damped(self, damping: Any) -> Tensor:
+        """H + λI, λ by parameter."""
+        shifts = self.curvature.shifts(damping)
+        parts = [torch.full(shape, shifts[name], dtype=torch.float64).flatten() for name, shape in self.shapes.items()]
+        return self.matrix + torch.diag(torch.cat(parts))
+
+    def flat(self, v: Any, count: int = 2) -> Tensor:
+        zeros = {name: torch.zeros(count, *shape, dtype=torch.float64) for name, shape in self.shapes.items()}
         return torch.cat([(v[n].dense() if n in v else zeros[n]).flatten(1) for n in self.shapes], 1)
 
     def change(self, inverse: PartialInverse, damping: Any = UNDAMPED, **options: Any) -> Tensor:
@@ -103,19 +110,52 @@ def test_the_hessian_is_indefinite(setting):
         (MatrixFree("ggn", "minres", tolerance=1e-13), 0.03, Relative(0.5)),
         (Dense("ggn"), 0.0, Relative(0.1)),
         (EKFAC(), 0.01, Absolute(0.05)),
+        (EKFAC(), 0.01, Relative(0.3)),
         (LowRank(6, matrix="ggn"), 0.01, Absolute(0.05)),
     ],
     ids=lambda value: getattr(value, "name", str(value)),
 )
 def test_all_are_what_dense_algebra_says(statistics, decay, damping):
     s = Setting(statistics, decay)
-    shift = next(iter(s.curvature.shifts(damping).values()))
-    h, g = s.matrix + shift * torch.eye(len(s.matrix), dtype=torch.float64), flat(s.g, s.shapes)
+    h, g = s.damped(damping), flat(s.g, s.shapes)
     close(s.change(Generalized(s.target, EXACT), damping), reference.generalized_change(h, g, s.inside))
     close(s.change(Freezing(s.target, EXACT), damping), reference.freezing_change(h, g, s.inside))
-    if not isinstance(statistics, EKFAC):
-        close(s.change(Projected(s.target), damping), reference.projected_change(h, g, s.inside))
-        close(s.change(Whole(), damping), torch.linalg.solve(h, g.T).T)
+    close(s.change(Projected(s.target), damping), reference.projected_change(h, g, s.inside))
+    close(s.change(Whole(), damping), torch.linalg.solve(h, g.T).T)
+    v = vectors(s.shapes, 3, seed=70)
+    for inverse, transform in (
+        (Generalized(s.target, EXACT), reference.generalized_transform),
+        (Freezing(s.target, EXACT), reference.freezing_transform),
+        (Projected(s.target), reference.projected_transform),
+    ):
+        close(
+            s.flat(inverse.transposed(s.curvature, v, damping), 3), flat(v, s.shapes) @ transform(h, s.inside).T, 1e-7
+        )
+
+
+@pytest.mark.parametrize("kind", [Generalized, Freezing], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("name", ["minres", "cg", "neumann", "lstsq"])
+def test_all_solvers_come_to_the_same_where_h_is_definite(kind, name):
+    s = Setting(Dense("ggn"), decay=0.3)
+    inverse = kind(s.target, Solver(name, 1e-12, 20_000))
+    truth = {Generalized: reference.generalized_change, Freezing: reference.freezing_change}[kind]
+    close(s.change(inverse), truth(s.matrix, flat(s.g, s.shapes), s.inside))
+    v = vectors(s.shapes, 2, seed=70)
+    transform = {Generalized: reference.generalized_transform, Freezing: reference.freezing_transform}[kind]
+    pulled = s.flat(inverse.transposed(s.curvature, v, UNDAMPED))
+    close(pulled, flat(v, s.shapes) @ transform(s.matrix, s.inside).T)
+
+
+def test_a_target_inside_one_block_stays_there():
+    """Of a block-diagonal curvature the rows of other blocks are 0 and never asked for."""
+    s = Setting(EKFAC(), decay=0.01)
+    target = TargetParameters.of(s.module, {"network.2.weight": torch.rand(3, 5, generator=torch.Generator()) < 2})
+    inside = target.flat(s.shapes)
+    h, g = s.damped(Absolute(0.1)), flat(s.g, s.shapes)
+    close(s.change(Generalized(target, EXACT), Absolute(0.1)), reference.generalized_change(h, g, inside))
+    pulled = Generalized(target, EXACT).transposed(s.curvature, s.g, Absolute(0.1))
+    assert set(pulled) == {"network.2.weight", "network.2.bias"}
+    close(s.flat(pulled), g @ reference.generalized_transform(h, inside).T)
 
 
 @pytest.mark.parametrize("kind", [Generalized, Freezing])
@@ -249,6 +289,14 @@ def test_a_curvature_of_projected_gradients_has_no_columns():
         Generalized(s.target).change(gram, s.g, Absolute(0.1))
 
 
+def test_data_inf_has_no_columns():
+    s = Setting()
+    found = DataInf().collect(evidence(s.module, s.dataset, labels="observed"))
+    for inverse in (Generalized(s.target), Freezing(s.target)):
+        with pytest.raises(CurvatureError, match="no inverse on a part of its parameters"):
+            inverse.change(found, s.g, Absolute(0.1))
+
+
 def test_gradients_that_lack_target_parameters(setting):
     with pytest.raises(CaptureError, match="network"):
         Projected(setting.target).transposed(
@@ -256,7 +304,9 @@ def test_gradients_that_lack_target_parameters(setting):
         )
 
 
-@pytest.mark.parametrize("wrong", [{"name": "lissa"}, {"tolerance": 0.0}, {"max_iterations": 0}])
+@pytest.mark.parametrize(
+    "wrong", [{"name": "lissa"}, {"tolerance": 0.0}, {"tolerance": float("nan")}, {"max_iterations": 0}]
+)
 def test_no_way_to_solve(wrong):
     with pytest.raises(CurvatureError, match="no way to solve"):
         Solver(**wrong)

@@ -119,18 +119,25 @@ def test_on_a_quadratic_removal_is_retraining(name, steps):
     assert len(told) == steps and told[0]["left"] < 1e-9 and told[0]["hessian_samples"] == N - len(IDS)
 
 
-@pytest.mark.parametrize("name", ["GIF", "IF"])
-def test_on_a_quadratic_relabelling_is_retraining(name):
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("name", ["GIF", "FIF", "PIF", "IF", "dense"])
+def test_on_a_quadratic_relabelling_is_retraining(name, steps):
     module, other = fitted(), Y.clone()
     other[IDS] = 3.0
-    edit = ModelEdit.from_relabelling(module, loader(), {i: other[i] for i in IDS}, methods(module)[name])
+    labels = {i: other[i] for i in IDS}
+    edit = ModelEdit.from_relabelling(module, loader(), labels, methods(module)[name], How(steps=steps))
     torch.testing.assert_close(weights(edit.apply(module)), ridge(other), rtol=1e-9, atol=1e-10)
 
 
-def test_on_a_quadratic_forgetting_given_samples_is_retraining():
+@pytest.mark.parametrize("steps", [1, 3])
+def test_on_a_quadratic_forgetting_given_samples_is_retraining(steps):
     module = fitted()
     kept = [i for i in range(N) if i not in IDS]
-    edit = ModelEdit.from_samples(module, loader(X[IDS], Y[IDS]), loader(X[kept], Y[kept]), methods(module)["GIF"])
+    parts, method = (loader(X[IDS], Y[IDS]), loader(X[kept], Y[kept])), methods(module)["GIF"]
+    edit = ModelEdit.from_samples(module, *parts, method, How(steps=steps))
+    for part in parts:
+        with pytest.raises(QueryError, match="held out of training"):
+            edit.line_search(module, part)
     torch.testing.assert_close(weights(edit.apply(module)), ridge(without=IDS), rtol=1e-9, atol=1e-10)
     assert (edit.record["num_samples"], edit.record["num_retained"]) == (N, N - len(IDS))
 
@@ -239,6 +246,26 @@ def test_undo_is_exact_and_steps_are_linear():
         torch.testing.assert_close(edit.change(step)["network.0.weight"], step * change)
 
 
+@pytest.mark.parametrize("step", [float("nan"), float("inf"), True, "1", None])
+def test_steps_that_are_none(step):
+    module, _, edit = edit_of()
+    with pytest.raises(QueryError, match="cannot be followed so far"):
+        edit.apply(module, step)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_gradients_may_be_off_where_an_edit_is_made_and_used(mode):
+    module, _, edit = edit_of()
+    with mode():
+        _, _, again = edit_of(module)
+        edited = again.apply(module)
+        restored = again.undo(edited)
+        found = standing(edited, loader(X, LABELS))
+    assert not any(p.is_inference() for p in (*edited.parameters(), *restored.parameters()))
+    torch.testing.assert_close(again.change()["network.0.weight"], edit.change()["network.0.weight"], rtol=0, atol=0)
+    assert found == standing(edited, loader(X, LABELS))
+
+
 def test_a_path_of_several_steps_is_followed():
     _, _, edit = edit_of(steps=2)
     knots = edit.path["network.0.weight"]
@@ -268,6 +295,22 @@ def test_part_of_a_whole_edit_is_the_projected_one():
     assert "parameters" in repr(whole.within(target)) and whole.within(target).record["within"]["size"] == target.size
 
 
+def test_weights_beside_the_edit_must_be_those_of_then():
+    """K lies in the last layer; training that moved the first one alone is told too."""
+    module = classifier()
+    target = TargetParameters.of(module, {"network.2.weight": torch.ones(3, 6, dtype=torch.bool)})
+    method = FreezingInfluenceFunction(target, Dense("ggn"), damping=0.1)
+    edit = ModelEdit.from_removal(module, loader(X, LABELS), IDS, method)
+    edited = edit.apply(module)
+    for model, use in ((copy.deepcopy(module), edit.apply), (edited, edit.undo)):
+        with torch.no_grad():
+            model.network[0].bias[0] += 1e-9
+        with pytest.raises(StoreError, match="are not those that it was made beside"):
+            use(model)
+    module.network[0].bias.requires_grad_(False)  # no other weights
+    assert torch.equal(edit.undo(edit.apply(module)).network[2].weight, module.network[2].weight)
+
+
 # Keeping
 
 
@@ -284,6 +327,46 @@ def test_edits_commute_with_saving_and_loading(tmp_path: Path):
         edit.save(tmp_path / "edit")
 
 
+class Tied(Model):
+    """Two layers with one weight."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        first, second = nn.Linear(4, 4), nn.Linear(4, 4)
+        second.weight = first.weight
+        super().__init__(nn.Sequential(first, nn.Tanh(), second).double(), F.cross_entropy)
+
+
+class Images(Model):
+    """Convolutions with their weights in another order of memory."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = [nn.Unflatten(1, (1, 2, 2)), nn.Conv2d(1, 4, 2), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3)]
+        super().__init__(nn.Sequential(*layers).to(memory_format=torch.channels_last), F.cross_entropy)
+
+
+class Half(Model):
+    def __init__(self) -> None:
+        super().__init__(classifier().network.bfloat16(), F.cross_entropy)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [(Tied, torch.float64), (Images, torch.float32), (Half, torch.bfloat16)])
+def test_weights_of_every_kind_go_to_disk_and_back(tmp_path: Path, kind, dtype):
+    module = kind()
+    method = GeneralizedInfluenceFunction(TargetParameters.everything(module), MatrixFree("ggn"), damping=0.5)
+    edit = ModelEdit.from_removal(module, loader(X.to(dtype), LABELS), IDS, method)
+    loaded = ModelEdit.load(edit.save(tmp_path / "edit"))
+    edited, applied = loaded.apply(module), edit.apply(module)
+    assert {p.dtype for p in edited.parameters()} == {dtype}
+    assert [p.stride() for p in edited.parameters()] == [p.stride() for p in module.parameters()]
+    assert len(list(edited.parameters())) == len(edit.path)  # tied ones still are
+    for name, value in applied.state_dict().items():
+        assert torch.equal(edited.state_dict()[name], value)
+        assert torch.equal(loaded.undo(edited).state_dict()[name], module.state_dict()[name])
+    assert not torch.equal(next(edited.parameters()), next(module.parameters()))
+
+
 def test_damaged_files(tmp_path: Path):
     _, _, edit = edit_of()
     for number, (name, spoil) in enumerate(
@@ -293,6 +376,10 @@ def test_damaged_files(tmp_path: Path):
             ("edit.json", lambda data: data[: len(data) // 2]),
             ("edit.json", lambda data: b'{"version": 1}'),
             ("edit.json", lambda data: data.replace(b'"version": 1', b'"version": 9')),
+            ("edit.json", lambda data: data.replace(b'"weights_sha256"', b'"weights_md5"')),
+            ("edit.json", lambda data: data.replace(b'"residual"', b'"rest"')),
+            ("edit.json", lambda data: b"[1, 2]"),
+            ("edit.json", lambda data: b"\xff\xfe"),
         ]
     ):
         folder = edit.save(tmp_path / str(number))

@@ -23,7 +23,7 @@ from lightning_influence import (
     record_target,
     recorded_target,
 )
-from lightning_influence.artifacts import ArtifactStore
+from lightning_influence.artifacts import ArtifactStore, Manifest
 from lightning_influence.curvature import Dense, MatrixFree, write_curvature
 from lightning_influence.errors import CaptureError, QueryError
 from tests import reference
@@ -93,6 +93,13 @@ def truth() -> dict[str, Any]:
         "module": module,
         "target": target,
         "matrix": matrix,
+        "query": query,
+        "train": train,
+        "T": {
+            "GIF": reference.generalized_transform(h, inside),
+            "FIF": reference.freezing_transform(h, inside),
+            "PIF": reference.projected_transform(h, inside),
+        },
         **{name: query @ change(h, train, inside).T for name, change in by.items()},
     }
 
@@ -119,17 +126,28 @@ def test_scores_are_those_of_dense_algebra(tmp_path: Path, truth, name):
     estimator = estimators(truth["target"])[name]
     found = scores(truth["module"], store, estimator)
     close(found, truth[name])
+    close(found, truth["query"] @ truth["T"][name].T @ truth["train"].T)
     close(scores(truth["module"], store, estimators(truth["target"], HESSIAN)[name]), truth[name])
     assert torch.equal(found, scores(truth["module"], store, estimator))  # asked twice
     close(scores(truth["module"], store, estimators(truth["target"])[name], batch_size=7), found, 1e-9)
 
 
+def bare(root: Path, module: Any) -> ArtifactStore:
+    """A store of weights alone, as a fit without GradientSnapshot leaves one."""
+    full = store_of(root.with_suffix(".full"), module)
+    store = ArtifactStore.create(root, Manifest(**{**vars(full.manifest), "selected": ()}))
+    at = full.checkpoints()[-1]
+    store.commit_checkpoint(at, store.write_weights(at.step, at.mark, module.state_dict()))
+    return store
+
+
 @pytest.mark.parametrize("name", ["GIF", "FIF", "PIF"])
-def test_scores_by_streaming(tmp_path: Path, truth, name):
-    store = store_of(tmp_path / "s", truth["module"], "head.bias")  # next to nothing is stored
-    influence = InfluenceModule(
-        truth["module"], store, estimators(truth["target"])[name], train_loader=loader_of(TRAIN)
-    )
+@pytest.mark.parametrize("held", ["nothing", "a bias", "K"])
+def test_scores_by_streaming(tmp_path: Path, truth, name, held):
+    module, target = truth["module"], truth["target"]
+    of = {"a bias": "head.bias", "K": list(target.names)}
+    store = store_of(tmp_path / "s", module, of[held]) if held in of else bare(tmp_path / "s", module)
+    influence = InfluenceModule(module, store, estimators(target)[name], train_loader=loader_of(TRAIN))
     influence.prepare([batch_of(ASKED)], scores_file=tmp_path / "scores.safetensors")
     loader = DataLoader(TRAIN, batch_size=4, shuffle=True, collate_fn=collate)
     quiet().predict(influence, loader)
