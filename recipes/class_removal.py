@@ -24,7 +24,7 @@ from lightning_influence import ModelEdit, choose_target
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
 from recipes.images import tables
-from recipes.images.comparing import Row, Solving, edited, part, quiet, shown
+from recipes.images.comparing import Row, Solving, edited, left_over, part, quiet, shown
 from recipes.images.data import ImageSplits, loader
 from recipes.images.judging import RemovalJudgement, judge_removal, probabilities
 from recipes.images.models import ImageClassifier
@@ -124,7 +124,7 @@ def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
     ):
         step = edit.line_search(original, setup.keep, setup.forget).step
         values = measured(setup.judged(edit.apply(original, step)))
-        add(Row(name, share, seed, values, step, seconds, edit.record["steps"][-1]["left"]))
+        add(Row(name, share, seed, values, step, seconds, left_over(edit)))
     return rows
 
 
@@ -140,8 +140,7 @@ def main(config: DictConfig) -> float:
         "the mean total variation distance to the retrained model's predictions; mean ± standard deviation over the "
         "seeds.",
         "",
-        f"{Solving(**chosen.solving)}; K by {chosen.rule}; step chosen on {len(images.validation)} "
-        "validation images. PIF's solve is that of IF.",
+        f"{Solving(**chosen.solving)}; K by {chosen.rule}; step chosen on {len(images.validation)} validation images.",
     ]
     title, results, rows = f"Class removal, {chosen.title}", Path(chosen.results), list[Row]()
     for seed in chosen.seeds:

@@ -25,7 +25,7 @@ from lightning_influence import ModelEdit, choose_target
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
 from recipes.images import tables
 from recipes.images.backdoor import poisoned, triggered
-from recipes.images.comparing import Row, Solving, edited, quiet, shown
+from recipes.images.comparing import Row, Solving, edited, left_over, quiet, shown
 from recipes.images.data import ImageSplits, loader
 from recipes.images.judging import BackdoorJudgement, accuracy, judge_backdoor, probabilities
 from recipes.images.models import ImageClassifier
@@ -78,7 +78,7 @@ def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
     ):
         step = edit.line_search(original, criterion=lambda module: accuracy(module, held_out)).step
         values = measured(judge_backdoor(edit.apply(original, step), images.test, stamped, wrong, truth))
-        add(Row(name, share, seed, values, step, seconds, edit.record["steps"][-1]["left"]))
+        add(Row(name, share, seed, values, step, seconds, left_over(edit)))
     return rows
 
 
@@ -95,7 +95,7 @@ def main(config: DictConfig) -> float:
         "variation distance to the retrained model's predictions; mean ± standard deviation over the seeds.",
         "",
         f"{Solving(**chosen.solving)}; K by {chosen.rule}; step chosen by the accuracy on "
-        f"{len(images.validation)} validation images, clean and stamped. PIF's solve is that of IF.",
+        f"{len(images.validation)} validation images, clean and stamped.",
     ]
     title, results, rows = f"Label change, {chosen.title}", Path(chosen.results), list[Row]()
     for seed in chosen.seeds:

@@ -21,7 +21,7 @@ from lightning_influence.targets import RULES
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
 from recipes.class_removal import PERCENT, Setup, measured
 from recipes.images import tables
-from recipes.images.comparing import Row, Solving, quiet, shown, timed
+from recipes.images.comparing import Row, Solving, left_over, quiet, shown, timed
 from recipes.images.data import ImageSplits
 
 
@@ -47,7 +47,7 @@ def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
         edit, seconds = timed(lambda m: ModelEdit.from_removal(setup.original, training, setup.ids, m, how(m)), method)
         step = edit.line_search(setup.original, setup.keep, setup.forget).step
         values = measured(setup.judged(edit.apply(setup.original, step)))
-        rows.append(Row(name, share, seed, values, step, seconds, edit.record["steps"][-1]["left"]))
+        rows.append(Row(name, share, seed, values, step, seconds, left_over(edit)))
         shown(rows[-1])
 
     for rule in RULES:

@@ -82,7 +82,7 @@ class Linearised:
 
     def answer(self, module: LightningModule, g: Mapping[str, Tensor]) -> tuple[Answer, dict[str, Any]]:
         """The change δ (1, *shape) for a gradient that leaves, and what is left of it: ‖g − Hδ‖/‖g‖, of all parameters
-        and of those outside K."""
+        and of those outside K; not told to second order, whose H is not that of what stays."""
         part = self.task.whole if self.inverse.about_all else self.task.retained
         share = len(part) / self.task.num_samples  # H of the mean over `part`, times this, has 1/N
         evidence = self._evidence(module, part, self.hessian_samples, list(self.parameters))
@@ -95,12 +95,15 @@ class Linearised:
         answer = self.inverse.change(
             curvature, rows, damping, (lambda v: self._of_group(module, v)) if self.inverse.about_all else None
         )
+        left: dict[str, Any] = {"left": None, "left_frozen": None}
+        if not self.inverse.about_all:
+            left = _left(curvature, rows, answer.change, damping, getattr(self.inverse, "target", None))
         told = {
             "hessian_samples": evidence.num_samples,
             "hessian_sampled": evidence.num_samples < len(part),
             "labels": evidence.labels,
             **answer.report(),
-            **_left(curvature, rows, answer.change, damping, getattr(self.inverse, "target", None)),
+            **left,
         }
         return answer, told
 

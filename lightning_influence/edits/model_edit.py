@@ -219,12 +219,20 @@ class ModelEdit:
         return restored
 
     def within(self, target: TargetParameters) -> ModelEdit:
-        """The part of this edit that lies in the target parameters: of an edit by `InfluenceFunction` that by
-        `ProjectedInfluenceFunction`, without another solve.
+        """The part of this edit that lies in the target parameters: of an edit of one step by `InfluenceFunction` that
+        by `ProjectedInfluenceFunction`, without another solve.
 
         Raises:
+            QueryError: an edit of several steps, each of which would begin elsewhere if K alone had moved.
             CaptureError: target parameters of another model, or of parameters that the edit does not change.
         """
+        if len(self.record["steps"]) > 1:
+            raise QueryError(
+                "an edit of several steps cannot be cut down to some parameters",
+                expected="an edit of one linear step",
+                found=f"{len(self.record['steps'])} steps, taken with all of its parameters moved",
+                hint="make the edit with ProjectedInfluenceFunction(target)",
+            )
         target.check({**target.shapes, **{name: tuple(weight.shape) for name, weight in self.before.items()}})
         path = {name: block.dense() for name, block in target.restricted(_rows(self.path)).items()}
         record = {**self.record, "within": _target_record(target), "steps": [dict(s) for s in self.record["steps"]]}
@@ -297,7 +305,8 @@ class ModelEdit:
         target = self.record.get("within") or self.record.get("target")
         share = "all parameters" if target is None else f"{target['size']:,} of {target['total']:,} parameters"
         residual = "closed form" if last["residual"] is None else f"residual {last['residual']:.1e}"
-        left = "" if last["left"] is None else f", gradient left {last['left']:.3f}"
+        several = len(self.record["steps"]) > 1  # each of which tells of its own share of the gradient
+        left = "" if several or last["left"] is None else f", gradient left {last['left']:.3f}"
         return (
             f"ModelEdit({self.record['kind']} of {self.record['num_leaving']} from {self.record['num_samples']} "
             f"samples by {self.record['method']}, {share}, {residual}{left})"

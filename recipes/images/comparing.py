@@ -16,6 +16,7 @@ from lightning_influence import (
     InfluenceFunction,
     MatrixFree,
     ModelEdit,
+    ProjectedInfluenceFunction,
     SecondOrderInfluenceFunction,
     Solver,
     TargetParameters,
@@ -50,7 +51,7 @@ class Solving:
         images = "all training images" if self.hessian_samples is None else f"{self.hessian_samples} training images"
         return (
             f"Exact Hessian over {images}, λ = {self.damping}, at most {self.iterations} steps of MINRES or LSMR "
-            f"in each of {self.steps} linear steps"
+            f"in each of {self.steps} linear steps (SIF takes one)"
         )
 
     def how(self, weight_decay: float, seed: int, method: InfluenceFunction | None = None) -> How:
@@ -75,7 +76,7 @@ class Row:
         values: what was measured on the test images.
         step: what the line search on the validation images chose.
         seconds: of the solve.
-        left: part of the gradient that the linear model leaves over, where it is known.
+        left: part of the gradient that the linear model leaves over, where there is one linear step and it is known.
     """
 
     method: str
@@ -110,9 +111,18 @@ def edited(
         return
     first, seconds = timed(make, InfluenceFunction(matrix, damping=solving.damping))
     for share, target in targets.items():
-        yield "PIF", share, first.within(target), seconds
+        if solving.steps == 1:
+            yield "PIF", share, first.within(target), seconds  # the same solve, cut
+        else:  # each step begins where the one before has led K alone
+            yield "PIF", share, *timed(make, ProjectedInfluenceFunction(target, matrix, damping=solving.damping))
     yield "IF", 1.0, first, seconds
     yield "SIF", 1.0, *timed(make, SecondOrderInfluenceFunction(matrix, damping=solving.damping))
+
+
+def left_over(edit: ModelEdit) -> float | None:
+    """What the one linear step of an edit leaves of the gradient; of several, each tells of its own share alone."""
+    steps = edit.record["steps"]
+    return None if len(steps) > 1 else steps[0]["left"]
 
 
 def part(samples: Samples, chosen: Tensor) -> Samples:

@@ -311,6 +311,21 @@ def test_weights_beside_the_edit_must_be_those_of_then():
     assert torch.equal(edit.undo(edit.apply(module)).network[2].weight, module.network[2].weight)
 
 
+def test_an_edit_of_several_steps_cannot_be_cut():
+    module, target, _ = edit_of()
+    method = InfluenceFunction(Dense("hessian"), damping=0.05)
+    edit = ModelEdit.from_removal(module, loader(X, LABELS), IDS, method, How(steps=2))
+    with pytest.raises(QueryError, match="several steps cannot be cut"):
+        edit.within(target)
+    assert "gradient left" not in repr(edit)
+
+
+def test_second_order_tells_nothing_of_what_is_left():
+    module = fitted()
+    edit = ModelEdit.from_removal(module, loader(), IDS, SecondOrderInfluenceFunction(Dense("hessian"), damping=0.0))
+    assert edit.record["steps"][0]["left"] is None
+
+
 # Keeping
 
 
