@@ -23,12 +23,12 @@ from torchmetrics.functional import spearman_corrcoef
 from tqdm.auto import tqdm
 
 from lightning_influence.artifacts import ArtifactStore
+from lightning_influence.callbacks.optimizer_record import optimizers_in
 from lightning_influence.curvature import Damping, Relative, TrainingEvidence
 from lightning_influence.errors import CurvatureError, QueryError
 from lightning_influence.estimators.estimator import Queries, Stage
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.gradients import Dense, Gradients, inner, select
-from lightning_influence.objective import Objective
 from lightning_influence.replay import TrainingData
 
 FACTORS = tuple(10.0 ** (power / 4) for power in range(-16, 9))  # of the mean eigenvalue: 0.0001 to 100, four a decade
@@ -257,14 +257,7 @@ def _without_schedulers(module: LightningModule) -> None:
     """Let a short training go on at the rate that the module's optimizers begin with."""
     own = module.configure_optimizers
 
-    def optimizers() -> Any:
-        made = own()
-        if isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], (tuple, list)):
-            return made[0]  # optimizers, schedulers
-        every = made if isinstance(made, (tuple, list)) else [made]
-        return [one["optimizer"] if isinstance(one, dict) else one for one in every]
-
-    module.__dict__["configure_optimizers"] = optimizers
+    module.__dict__["configure_optimizers"] = lambda: optimizers_in(own())
 
 
 class _Batches:
@@ -291,26 +284,16 @@ def _summed_gradients(
 ) -> Gradients:
     """Σ_{z in S} ∇ℓ(z) of each part, as the rows of one block a parameter."""
     selection = select(module, list(names))
-    rows: list[dict[str, Tensor]] = []
-    for part in parts:
-        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in selection.parameters.items()}
-        evidence = TrainingEvidence(
+    rows = [
+        TrainingEvidence(
             module,
             selection,
             data,
             positions=part.tolist(),
             per_sample_loss=stage.per_sample_loss,
             reduction=stage.reduction,
-        )
-
-        def add(found: Objective, ids: Tensor, batch: Any, sums: dict[str, Tensor] = sums) -> None:
-            wanted = list(selection.parameters.values())
-            for total, gradient in zip(
-                sums.values(), torch.autograd.grad(found.summed(), wanted, materialize_grads=True), strict=True
-            ):
-                total += gradient.to_dense() if gradient.is_sparse else gradient
-
-        evidence.visit_objectives(add, "removed samples")
-        rows.append(sums)
+        ).summed_gradients("removed samples")
+        for part in parts
+    ]
     kinds = {name: p.dtype for name, p in selection.parameters.items()}
     return {name: Dense(torch.stack([row[name] for row in rows]).to(kinds[name])) for name in selection.names}

@@ -1,9 +1,9 @@
 """Forget a class: a trained classifier edited as if one digit had never been shown, beside one that is trained again.
 
-python recipes/class_removal.py                                                        # scikit-learn's digits, a minute
-python recipes/class_removal.py setting=class_removal_mnist data_root=/path/to/data    # MNIST, most of an hour
+python recipes/class_removal.py                              # scikit-learn's digits, some minutes
+python recipes/class_removal.py setting=class_removal_mnist data_root=/path/to/data   # MNIST
 python recipes/class_removal.py setting=class_removal_cifar10 data_root=/path/to/data
-python recipes/class_removal.py setting=class_removal_mnist data_root=/path/to/data quick=true   # five minutes
+python recipes/class_removal.py setting=class_removal_mnist data_root=/path/to/data quick=true   # a part of it
 """
 
 from __future__ import annotations
@@ -17,17 +17,26 @@ from typing import Any
 
 import hydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
-from lightning_influence import ModelEdit, choose_target
+from lightning_influence import ModelEdit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
-from recipes.images import tables
-from recipes.images.comparing import Row, Solving, edited, left_over, part, quiet, shown
+from recipes.images.comparing import (
+    Solving,
+    builder,
+    compared,
+    edited,
+    left_over,
+    part,
+    shown,
+    targets_of,
+)
 from recipes.images.data import ImageSplits, loader
 from recipes.images.judging import RemovalJudgement, judge_removal, probabilities
 from recipes.images.models import ImageClassifier
+from recipes.images.tables import Row
 from recipes.truths.retraining import Samples
 
 PERCENT = ("retained", "target", "F1")
@@ -100,7 +109,7 @@ class Setup:
 
 def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
     """All methods on one model, and the model retrained from the same initial weights."""
-    build = partial(instantiate(config.classifier), channels=images.channels, size=images.size, classes=images.classes)
+    build = builder(config, images)
     setup = Setup.of(images, int(config.removed), build, partial(instantiate(config.training), seed=seed))
     original = setup.original
     rows: list[Row] = []
@@ -113,11 +122,7 @@ def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
         add(Row(name, None, seed, measured(setup.judged(module))))
     solving = Solving(**config.solving)
     training = setup.loader(solving.batch_size)
-    examined = setup.ids[: config.examined].tolist()
-    targets = {
-        float(ratio): choose_target(original, training, ratio=ratio, rule=config.rule, seed=seed, sample_ids=examined)
-        for ratio in config.ratios
-    }
+    targets = targets_of(config, original, training, setup.ids, seed)
     how = partial(solving.how, original.weight_decay, seed)
     for name, share, edit, seconds in edited(
         targets, lambda method: ModelEdit.from_removal(original, training, setup.ids, method, how(method)), solving
@@ -128,26 +133,22 @@ def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
     return rows
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="class_removal")
-def main(config: DictConfig) -> float:
-    """Compare, write the table and the picture, and return the mean F1 of GIF."""
-    chosen: Any = OmegaConf.merge(config, config.when_quick) if config.quick else config
-    quiet()
-    images: ImageSplits = instantiate(chosen.images)
-    remarks = [
-        f"Class {images.label_names[chosen.removed]} of {len(images.train)} training images removed; in per cent the "
+def remarks(config: DictConfig, images: ImageSplits) -> list[str]:
+    """What was done, and what is measured."""
+    return [
+        f"Class {images.label_names[config.removed]} of {len(images.train)} training images removed; in per cent the "
         f"accuracies on {len(images.test)} test images, of the retained classes and of the removed one, and their F1; "
         "the mean total variation distance to the retrained model's predictions; mean ± standard deviation over the "
         "seeds.",
         "",
-        f"{Solving(**chosen.solving)}; K by {chosen.rule}; step chosen on {len(images.validation)} validation images.",
+        f"{Solving(**config.solving)}; K by {config.rule}; step chosen on {len(images.validation)} validation images.",
     ]
-    title, results, rows = f"Class removal, {chosen.title}", Path(chosen.results), list[Row]()
-    for seed in chosen.seeds:
-        rows += rows_of(chosen, images, seed)  # written after each seed: a run that is stopped keeps what it has
-        tables.write(results.with_suffix(".md"), title, chosen.command, remarks, rows, PERCENT)
-    print(results.with_suffix(".md").read_text())
-    tables.plot(rows, ("retained", "target", "F1", "distance"), results.with_suffix(".png"))
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="class_removal")
+def main(config: DictConfig) -> float:
+    """Compare, write the table and the picture, and return the mean F1 of GIF."""
+    rows = compared(config, "Class removal", remarks, rows_of, PERCENT, (*PERCENT, "distance"))
     found = [row.values["F1"] for row in rows if row.method == "GIF"]
     return sum(found) / len(found)
 

@@ -3,8 +3,8 @@
 A part of the training images carries a white patch and a wrong label, so that the patch decides. The edit gives those
 images their own labels again; the retrained model has seen patch and right labels.
 
-python recipes/label_change.py                                                     # scikit-learn's digits, two minutes
-python recipes/label_change.py setting=label_change_mnist data_root=/path/to/data  # MNIST, half an hour
+python recipes/label_change.py                                                     # scikit-learn's digits, some minutes
+python recipes/label_change.py setting=label_change_mnist data_root=/path/to/data  # MNIST
 python recipes/label_change.py setting=label_change_mnist data_root=/path/to/data quick=true
 """
 
@@ -13,22 +13,29 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import hydra
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from lightning_influence import ModelEdit, choose_target
+from lightning_influence import ModelEdit
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
-from recipes.images import tables
 from recipes.images.backdoor import poisoned, triggered
-from recipes.images.comparing import Row, Solving, edited, left_over, quiet, shown
+from recipes.images.comparing import (
+    Solving,
+    builder,
+    compared,
+    edited,
+    left_over,
+    shown,
+    targets_of,
+)
 from recipes.images.data import ImageSplits, loader
 from recipes.images.judging import BackdoorJudgement, accuracy, judge_backdoor, probabilities
 from recipes.images.models import ImageClassifier
+from recipes.images.tables import Row
 from recipes.truths.retraining import Samples
 
 PERCENT = ("clean", "relabelled", "backdoored")
@@ -46,7 +53,7 @@ def measured(judgement: BackdoorJudgement) -> dict[str, float]:
 
 def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
     """All methods on one poisoned model, and the model trained on the right labels from the same initial weights."""
-    build = partial(instantiate(config.classifier), channels=images.channels, size=images.size, classes=images.classes)
+    build = builder(config, images)
     train = partial(instantiate(config.training), seed=seed)
     wrong = int(config.target_label)
     poison, ids = poisoned(images.train, config.fraction, wrong, seed)
@@ -64,11 +71,7 @@ def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
         add(Row(name, None, seed, measured(judge_backdoor(module, images.test, stamped, wrong, truth))))
     solving = Solving(**config.solving)
     training = loader(poison, solving.batch_size, shuffle=False)
-    examined = ids[: config.examined].tolist()
-    targets = {
-        float(ratio): choose_target(original, training, ratio=ratio, rule=config.rule, seed=seed, sample_ids=examined)
-        for ratio in config.ratios
-    }
+    targets = targets_of(config, original, training, ids, seed)
     how = partial(solving.how, original.weight_decay, seed)
     labels = {int(i): int(images.train.labels[i]) for i in ids}
     clean, patched = images.validation, triggered(images.validation, wrong)
@@ -82,27 +85,23 @@ def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
     return rows
 
 
-@hydra.main(version_base="1.3", config_path="../configs", config_name="label_change")
-def main(config: DictConfig) -> float:
-    """Compare, write the table and the picture, and return GIF's mean accuracy on stamped images."""
-    chosen: Any = OmegaConf.merge(config, config.when_quick) if config.quick else config
-    quiet()
-    images: ImageSplits = instantiate(chosen.images)
-    remarks = [
-        f"{chosen.fraction:.0%} of {len(images.train)} training images of other classes stamped and labelled "
-        f"{images.label_names[chosen.target_label]}; in per cent: accuracy on {len(images.test)} clean test images, on "
+def remarks(config: DictConfig, images: ImageSplits) -> list[str]:
+    """What was done, and what is measured."""
+    return [
+        f"{config.fraction:.0%} of {len(images.train)} training images of other classes stamped and labelled "
+        f"{images.label_names[config.target_label]}; in per cent: accuracy on {len(images.test)} clean test images, on "
         "stamped ones by their true labels, and the share of stamped ones still taken for the wrong class; mean total "
         "variation distance to the retrained model's predictions; mean ± standard deviation over the seeds.",
         "",
-        f"{Solving(**chosen.solving)}; K by {chosen.rule}; step chosen by the accuracy on "
+        f"{Solving(**config.solving)}; K by {config.rule}; step chosen by the accuracy on "
         f"{len(images.validation)} validation images, clean and stamped.",
     ]
-    title, results, rows = f"Label change, {chosen.title}", Path(chosen.results), list[Row]()
-    for seed in chosen.seeds:
-        rows += rows_of(chosen, images, seed)  # written after each seed: a run that is stopped keeps what it has
-        tables.write(results.with_suffix(".md"), title, chosen.command, remarks, rows, PERCENT)
-    print(results.with_suffix(".md").read_text())
-    tables.plot(rows, (*PERCENT, "distance"), results.with_suffix(".png"))
+
+
+@hydra.main(version_base="1.3", config_path="../configs", config_name="label_change")
+def main(config: DictConfig) -> float:
+    """Compare, write the table and the picture, and return GIF's mean accuracy on stamped images."""
+    rows = compared(config, "Label change", remarks, rows_of, PERCENT, (*PERCENT, "distance"))
     found = [row.values["relabelled"] for row in rows if row.method == "GIF"]
     return sum(found) / len(found)
 

@@ -1,6 +1,6 @@
 """Which parameters should change? A class is forgotten by generalized influence under six rules for choosing K.
 
-python recipes/parameter_selection.py     # scikit-learn's digits, three minutes
+python recipes/parameter_selection.py     # scikit-learn's digits, some minutes
 python recipes/parameter_selection.py setting=parameter_selection_cifar10 data_root=/path/to/data
 """
 
@@ -9,11 +9,10 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import hydra
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from lightning_influence import GeneralizedInfluenceFunction, ModelEdit, Solver, TargetParameters, choose_target
 from lightning_influence.targets import RULES
@@ -21,13 +20,21 @@ from lightning_influence.targets import RULES
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
 from recipes.class_removal import PERCENT, Setup, measured
 from recipes.images import tables
-from recipes.images.comparing import Row, Solving, left_over, quiet, shown, timed
+from recipes.images.comparing import (
+    Solving,
+    builder,
+    compared,
+    left_over,
+    shown,
+    timed,
+)
 from recipes.images.data import ImageSplits
+from recipes.images.tables import Row
 
 
 def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
     """GIF on one model under every rule and at every share, and with all parameters."""
-    build = partial(instantiate(config.classifier), channels=images.channels, size=images.size, classes=images.classes)
+    build = builder(config, images)
     setup = Setup.of(images, int(config.removed), build, partial(instantiate(config.training), seed=seed))
     solving = Solving(**config.solving)
     training = setup.loader(solving.batch_size)
@@ -60,22 +67,18 @@ def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
     return rows
 
 
+def remarks(config: DictConfig, images: ImageSplits) -> list[str]:
+    """What was done, and what is measured."""
+    return [
+        f"GIF of the removal of class {images.label_names[config.removed]}, as in the class removal table. "
+        f"{Solving(**config.solving)}.",
+    ]
+
+
 @hydra.main(version_base="1.3", config_path="../configs", config_name="parameter_selection")
 def main(config: DictConfig) -> float:
     """Compare, write the table and the picture, and return the best mean F1."""
-    chosen: Any = OmegaConf.merge(config, config.when_quick) if config.quick else config
-    quiet()
-    images: ImageSplits = instantiate(chosen.images)
-    remarks = [
-        f"GIF of the removal of class {images.label_names[chosen.removed]}, as in the class removal table. "
-        f"{Solving(**chosen.solving)}.",
-    ]
-    title, results, rows = f"Parameter selection, {chosen.title}", Path(chosen.results), list[Row]()
-    for seed in chosen.seeds:
-        rows += rows_of(chosen, images, seed)  # written after each seed: a run that is stopped keeps what it has
-        tables.write(results.with_suffix(".md"), title, chosen.command, remarks, rows, PERCENT)
-    print(results.with_suffix(".md").read_text())
-    tables.plot(rows, (*PERCENT, "distance"), results.with_suffix(".png"))
+    rows = compared(config, "Parameter selection", remarks, rows_of, PERCENT, (*PERCENT, "distance"))
     return max(
         sum(row.values["F1"] for row in members) / len(members)
         for (_, share), members in tables.grouped(rows).items()

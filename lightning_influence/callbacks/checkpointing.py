@@ -23,10 +23,10 @@ def write_checkpoint(
     if trainer.is_global_zero:
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         files = store.write_weights(step, mark, module.state_dict(), frozen)
-        scales = denominators(trainer, module)
+        scales = denominators(trainer.optimizers, module)
         if scales:
             files.append(store.write_preconditioner(step, mark, scales))
-    return Checkpoint(step, epoch, mark, rates.groups(trainer, module)), files
+    return Checkpoint(step, epoch, mark, rates.groups(trainer.optimizers, module)), files
 
 
 def commit_checkpoint(

@@ -357,7 +357,7 @@ class CurvatureSnapshot(Callback):
             self._refuse_other_data(len(data), store.manifest.dataset_length)  # loaders may be reloaded
             evidence = self._evidence(trainer, module, selection, data)
             own = getattr(trainer.train_dataloader, "batch_size", None) or data.batch_size  # not that of `dataloader=`
-            summed, scales = own if self._reduction == "sum" else 1, denominators(trainer, module)
+            summed, scales = own if self._reduction == "sum" else 1, denominators(trainer.optimizers, module)
             evidence.decay = decay = weight_decay(at.groups, selection.names, scales, summed_over=summed)
             if self._in_flight is not None:
                 curvature, facts = self._in_flight.finish(evidence, step)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,7 +78,7 @@ class OptimizerRecord:
         """Steps of these optimizers that the gradient scaler skipped."""
         return sum(self._skipped.get(o, 0) for o in optimizers)
 
-    def groups(self, trainer: Trainer, module: LightningModule) -> tuple[ParameterGroup, ...]:
+    def groups(self, optimizers: Sequence[Optimizer], module: LightningModule) -> tuple[ParameterGroup, ...]:
         """Every parameter group with the rate of its last step and the sum since `restart()`."""
         names = _names(module)
         return tuple(
@@ -90,7 +90,7 @@ class OptimizerRecord:
                 learning_rate_sum=self._sums.get(f"{o}.{g}", 0.0),
                 options={k: _plain(group[k]) for k in _RECORDED if k in group and group[k] is not None},
             )
-            for o, optimizer in enumerate(trainer.optimizers)
+            for o, optimizer in enumerate(optimizers)
             for g, group in enumerate(optimizer.param_groups)
         )
 
@@ -126,7 +126,15 @@ def owners(trainer: Trainer, parameters: Collection[Tensor]) -> frozenset[int]:
     return found or frozenset(range(len(trainer.optimizers)))
 
 
-def denominators(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]:
+def optimizers_in(made: Any) -> list[Optimizer]:
+    """The optimizers in what `configure_optimizers` returns, without their schedulers."""
+    if isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], (tuple, list)):
+        return list(made[0])  # optimizers, schedulers
+    every = made if isinstance(made, (tuple, list)) else [] if made is None else [made]
+    return [one["optimizer"] if isinstance(one, dict) else one for one in every]
+
+
+def denominators(optimizers: Sequence[Optimizer], module: LightningModule) -> dict[str, Tensor]:
     """sqrt(v_hat) + eps by parameter name, for optimizers that divide by it; empty for the others.
 
     Adam and relatives: v_hat = v / (1 - beta_2^t), the running maximum of v under amsgrad; RMSprop (minus the squared
@@ -134,7 +142,7 @@ def denominators(trainer: Trainer, module: LightningModule) -> dict[str, Tensor]
     """
     names = _names(module)
     found: dict[str, Tensor] = {}
-    for optimizer in trainer.optimizers:
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 state = optimizer.state.get(parameter, {})

@@ -24,6 +24,7 @@ from lightning_influence.curvature.partial_inverse import (
 from lightning_influence.curvature.projected import ProjectedCurvature, ProjectedGram
 from lightning_influence.curvature.recording import (
     RecordedCurvature,
+    is_decoupled,
     recorded_curvature,
     refuse_labels,
     statistics_of,
@@ -70,6 +71,7 @@ __all__ = [
     "TrainingEvidence",
     "Whole",
     "as_damping",
+    "is_decoupled",
     "recorded_curvature",
     "refuse_labels",
     "statistics_of",

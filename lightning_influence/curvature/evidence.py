@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_influence.curvature.operators import LossOperator
-from lightning_influence.errors import CaptureError, CurvatureError, LossError
+from lightning_influence.errors import CaptureError, CurvatureError, LossError, QueryError
 from lightning_influence.gradients import GradientCapture, Gradients, Selection
 from lightning_influence.objective import (
     Labels,
@@ -120,6 +120,31 @@ class TrainingEvidence:
         """Call `use` with the training objective of every batch of this process, its graph kept, the sample ids, and
         the batch."""
         self._walk(use, what, None)
+
+    def summed_gradients(self, what: str) -> dict[str, Tensor]:
+        """Σ ∇ℓ over the samples of this process, by parameter name in float64.
+
+        Raises:
+            QueryError: a gradient is NaN or infinite.
+        """
+        parameters = self.selection.parameters
+        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
+
+        def add(found: Objective, ids: Tensor, batch: Any) -> None:
+            each = torch.autograd.grad(found.summed(), list(parameters.values()), materialize_grads=True)
+            for (name, total), found_gradient in zip(sums.items(), each, strict=True):
+                gradient = found_gradient.to_dense() if found_gradient.is_sparse else found_gradient
+                if not bool(gradient.isfinite().all()):
+                    raise QueryError(
+                        f"the gradient of {name!r} is NaN or infinite, in samples {int(ids[0])} to {int(ids[-1])}",
+                        expected="finite gradients",
+                        found="NaN or infinity",
+                        hint="look at these samples and their losses",
+                    )
+                total += gradient
+
+        self.visit_objectives(add, what)
+        return sums
 
     def operator(self, matrix: Literal["hessian", "ggn"]) -> LossOperator:
         """Products with the exact Hessian or Gauss–Newton matrix of the mean loss."""

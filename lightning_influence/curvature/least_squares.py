@@ -15,18 +15,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from lightning_influence.curvature.solvers import (
-    _GROWTH,
-    _HELPS,
-    _SAFETY,
-    MatVec,
-    Progress,
-    _check,
-    _norm,
-    _rounding,
-    _unit,
-    largest_eigenvalue,
-)
+from lightning_influence.curvature.rows import check_rows, finite_product, rounding_of, row_norms, unit_rows
+from lightning_influence.curvature.solvers import GROWTH, HELPS, SAFETY, MatVec, Progress, largest_eigenvalue
 from lightning_influence.errors import CurvatureError
 
 _PATIENCE = 10  # steps in which a series, whose every step lowers ‖Aᵀr‖, may fail to: it has come to rounding
@@ -147,9 +137,9 @@ def neumann(
         one = size.new_ones(1)
 
         def power(v: Tensor) -> Tensor:
-            return problem.adjoint(_unit(problem.apply(v, one))[0], one)
+            return problem.adjoint(unit_rows(problem.apply(v, one))[0], one)
 
-        scale = _SAFETY * (largest_eigenvalue(power, s) if len(rows) else 1.0)
+        scale = SAFETY * (largest_eigenvalue(power, s) if len(rows) else 1.0)
     if not 0 < scale < float("inf"):
         raise CurvatureError(
             "The Neumann series has no scale to divide by.",
@@ -165,12 +155,12 @@ def neumann(
         x = x + s / ratio[:, None] / ratio[:, None]
         r = problem.r[rows] - problem.apply(x, size)
         s = problem.adjoint(r, size)
-        before, last, best = last, _norm(s), problem.normal_residual[rows]
-        problem.keep(rows, last < best, x, _norm(r), last)
+        before, last, best = last, row_norms(s), problem.normal_residual[rows]
+        problem.keep(rows, last < best, x, row_norms(r), last)
         problem.steps[rows], best_step = step, torch.where(last < best, step, best_step)
-        noise = _rounding(x) * ratio * (1 + ratio * _norm(x))
+        noise = rounding_of(x) * ratio * (1 + ratio * row_norms(x))
         stuck = step - best_step >= _PATIENCE
-        worse = (last > _GROWTH * best + noise) | (stuck & (last > best + noise))
+        worse = (last > GROWTH * best + noise) | (stuck & (last > best + noise))
         if (worse & (best >= 1)).any():
             needed = scale * (1 + (last / before)[worse].max().item()) ** 0.5
             raise CurvatureError(
@@ -181,7 +171,7 @@ def neumann(
             )
         diverged = diverged or bool(worse.any())
         problem.report(last)
-        going = (last > tolerance) & (_norm(r) > tolerance) & ~worse & ~stuck
+        going = (last > tolerance) & (row_norms(r) > tolerance) & ~worse & ~stuck
         rows, x, s, size, last, best_step = _kept(going, rows, x, s, size, last, best_step)
     return problem.solution(tolerance, diverged)
 
@@ -200,7 +190,7 @@ def dense_least_squares(apply: MatVec, n: int, b: Tensor) -> LeastSquares:
     Raises:
         CurvatureError: a larger n; NaN, infinity or another shape from a product.
     """
-    _check(b)
+    check_rows(b)
     if n > _DENSE:
         raise CurvatureError(
             "The matrix has too many columns to be written out.",
@@ -218,7 +208,9 @@ def dense_least_squares(apply: MatVec, n: int, b: Tensor) -> LeastSquares:
         x = torch.linalg.lstsq(transposed.T.cpu(), problem.r[rows].T.cpu(), driver="gelsd").solution.T.to(b.device)
         x = x * size[:, None]
         r = problem.r[rows] - problem.apply(x, size)
-        problem.keep(rows, torch.ones_like(rows, dtype=torch.bool), x, _norm(r), _norm(problem.adjoint(r, size)))
+        problem.keep(
+            rows, torch.ones_like(rows, dtype=torch.bool), x, row_norms(r), row_norms(problem.adjoint(r, size))
+        )
     problem.products = len(columns)
     return problem.solution(float("inf"))
 
@@ -233,12 +225,12 @@ class _Problem:
     def __init__(
         self, solver: str, apply: MatVec, adjoint: MatVec, b: Tensor, progress: Progress | None = None
     ) -> None:
-        _check(b)
+        check_rows(b)
         self.solver, self.products = solver, 0
         self._apply, self._adjoint, self._progress = apply, adjoint, progress
         self._m, self._n = b.shape[1], -1  # n: as the first product with Aᵀ says
-        self.r, self._norms = _unit(b.detach())
-        self.s, self.size = _unit(self.adjoint(self.r, b.new_ones(1)))  # Aᵀr in units of size: ‖s‖ = 1
+        self.r, self._norms = unit_rows(b.detach())
+        self.s, self.size = unit_rows(self.adjoint(self.r, b.new_ones(1)))  # Aᵀr in units of size: ‖s‖ = 1
         self.rows = self.size.nonzero().squeeze(1)  # of x that are not 0
         self.residual, self.normal_residual = ((part > 0).to(b.dtype) for part in (self._norms, self.size))
         self.size = torch.where(self.size > 0, self.size, 1.0)
@@ -294,8 +286,8 @@ def _refined(method: _Method, problem: _Problem, tolerance: float, max_iteration
         x = problem.x[rows] + step
         left = problem.r[rows] - problem.apply(x, size)
         pull = problem.adjoint(left, size)
-        residual, normal = _norm(left), _norm(pull)
-        helped = (normal <= _HELPS * norms[:, 1]) | (first & _told(largest[rows]))  # few steps may raise ‖Aᵀr‖
+        residual, normal = row_norms(left), row_norms(pull)
+        helped = (normal <= HELPS * norms[:, 1]) | (first & _told(largest[rows]))  # few steps may raise ‖Aᵀr‖
         problem.keep(rows, helped, x, residual, normal)
         r[rows], s[rows], first = left, pull, False
         rows = rows[helped & (torch.minimum(residual, normal) > tolerance) & (problem.steps[rows] < max_iterations)]
@@ -309,7 +301,7 @@ def _pass(
     begin, advance = method
     found, taken, largest = torch.zeros_like(s), torch.zeros_like(budget), top.clone()
     rows, step, state = torch.arange(len(r), device=r.device), 0, begin(r, s)
-    residual, normal, ended = _norm(r), _norm(s), budget <= 0
+    residual, normal, ended = row_norms(r), row_norms(s), budget <= 0
     while True:
         floor = torch.finfo(r.dtype).eps * top * residual  # the rounding error of the product that s is
         going = (residual > goals[:, 0]) & (normal > torch.maximum(goals[:, 1], floor)) & (step < budget) & ~ended
@@ -326,26 +318,26 @@ def _pass(
 
 
 def _cgls_begin(r: Tensor, s: Tensor) -> _State:
-    return torch.zeros_like(s), r, s, _norm(s)
+    return torch.zeros_like(s), r, s, row_norms(s)
 
 
 def _cgls_step(problem: _Problem, size: Tensor, largest: Tensor, state: _State) -> _Stepped:
     x, r, p, before = state
     q = problem.apply(p, size)
-    image, length = _norm(q), _norm(p)
+    image, length = row_norms(q), row_norms(p)
     largest = torch.maximum(largest, image / length)
-    flat = image <= _rounding(q) * largest * length
+    flat = image <= rounding_of(q) * largest * length
     alpha = torch.where(flat, 0.0, (before / torch.where(flat, 1.0, image)).square())[:, None]
     x, r = x + alpha * p, r - alpha * q
     s = problem.adjoint(r, size)
-    residual, normal = _norm(r), _norm(s)
+    residual, normal = row_norms(r), row_norms(s)
     p = s + (normal / before).square()[:, None] * p
-    noise = (normal >= before) & (normal <= _rounding(r) * largest * residual)
+    noise = (normal >= before) & (normal <= rounding_of(r) * largest * residual)
     return (x, r, p, normal), residual, normal, largest, flat | noise
 
 
 def _lsmr_begin(r: Tensor, s: Tensor) -> _State:
-    (u, beta), (v, zeta_bar) = _unit(r), _unit(s)
+    (u, beta), (v, zeta_bar) = unit_rows(r), unit_rows(s)
     alpha, zero, one = zeta_bar / beta, torch.zeros_like(beta), torch.ones_like(beta)
     vectors, process = (torch.zeros_like(v), u, v, v, torch.zeros_like(v)), (alpha, alpha, one, one, one, zero)
     return *vectors, *process, zero, zeta_bar, beta, zero, one, zero, zero
@@ -355,9 +347,9 @@ def _lsmr_step(problem: _Problem, size: Tensor, largest: Tensor, state: _State) 
     """In Fong & Saunders' letters: α, β of the Golub–Kahan process; |ζ̄| = ‖Aᵀr‖; d dotted, t with a tilde, for ‖r‖."""
     x, u, v, h, h_bar, alpha, alpha_bar, rho_old, rho_bar_old, c_bar, s_bar, zeta_old, zeta_bar, *state_r = state
     beta_dd, beta_d, rho_d, tau_t, theta_t = state_r
-    u, beta = _unit(problem.apply(v, size) - alpha[:, None] * u)
+    u, beta = unit_rows(problem.apply(v, size) - alpha[:, None] * u)
     largest = torch.maximum(largest, torch.hypot(alpha, beta))  # ‖A v‖
-    v, alpha = _unit(problem.adjoint(u, size) - beta[:, None] * v)
+    v, alpha = unit_rows(problem.adjoint(u, size) - beta[:, None] * v)
     rho = torch.hypot(alpha_bar, beta)
     cos, sin = alpha_bar / rho, beta / rho
     theta, alpha_bar, theta_bar = sin * alpha, cos * alpha, s_bar * rho
@@ -388,18 +380,12 @@ def _sound(solver: str, out: Tensor, rows: Tensor, what: str, width: int, iterat
             found=f"{tuple(out.shape)} {out.dtype} on {out.device}",
             hint="A must take (Q, n) to (Q, m), and Aᵀ (Q, m) to (Q, n), for every number of rows Q.",
         )
-    if not torch.isfinite(out).all():
-        raise CurvatureError(
-            f"{solver}: a product with {what} is NaN or infinite in iteration {iteration}.",
-            expected="finite numbers",
-            hint="Look for NaN in the weights, the data and the loss's second derivatives, or try float64.",
-        )
-    return out.detach()
+    return finite_product(out, f"{solver}: a product with {what}", iteration)
 
 
 def _told(largest: Tensor) -> Tensor:
     """Whether Aᵀb, whose length is 1, is told from the rounding error of its product, so that x is not noise."""
-    return _rounding(largest) * largest < 1
+    return rounding_of(largest) * largest < 1
 
 
 def _kept(going: Tensor, *parts: Tensor) -> tuple[Tensor, ...]:

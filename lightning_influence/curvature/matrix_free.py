@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from typing import Any, Literal, NoReturn, TypeAlias
 
@@ -15,6 +16,7 @@ from lightning_influence.curvature.curvature import Curvature, CurvatureStatisti
 from lightning_influence.curvature.damping import Absolute, Damping
 from lightning_influence.curvature.parameter_space import ParameterSpace
 from lightning_influence.curvature.solvers import (
+    SAFETY,
     Progress,
     Solution,
     conjugate_gradient,
@@ -29,7 +31,6 @@ Solver: TypeAlias = Literal["cg", "minres", "lissa"]
 
 _KRYLOV = {"cg": conjugate_gradient, "minres": minres}
 _PROBES = 8  # random vectors whose products tell the mean eigenvalue
-_SAFETY = 1.1  # on the largest eigenvalue, which power iteration approaches from below
 
 
 class MatrixFree(CurvatureStatistics):
@@ -149,18 +150,7 @@ class MatrixFreeCurvature(Curvature):
         b = self._space.rows(chosen, self._matrix.like).to(self._matrix.like)
         diagonal = self._space.diagonal(self._decay, b) + shift
         name = self._settings.solver
-        with tqdm(
-            desc=f"solving by {name}",
-            unit="step",
-            delay=2.0,
-            leave=False,
-            disable=getattr(rank_zero_only, "rank", 0) != 0,
-        ) as bar:
-
-            def progress(products: int, residual: float) -> None:
-                bar.set_postfix(residual=f"{residual:.1e}", refresh=False)
-                bar.update(products - bar.n)
-
+        with solving_bar(name, "step") as progress:
             solution = self._solved(b, diagonal, shift, progress)
         self.last_solution = solution
         if not solution.converged:
@@ -186,7 +176,7 @@ class MatrixFreeCurvature(Curvature):
 
         tolerance, steps = self._settings.tolerance, self._settings.max_iterations
         if self._settings.solver == "lissa":
-            scale = _SAFETY * (self._matrix.largest_eigenvalue + max(self._decay.values(), default=0.0) + shift)
+            scale = SAFETY * (self._matrix.largest_eigenvalue + max(self._decay.values(), default=0.0) + shift)
             return lissa(damped, b, scale=scale, depth=steps, tolerance=tolerance, progress=progress)
         krylov = _KRYLOV[self._settings.solver]
         return krylov(damped, b, tolerance=tolerance, max_iterations=steps, progress=progress)
@@ -204,6 +194,19 @@ class MatrixFreeCurvature(Curvature):
     def load(cls, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> NoReturn:
         """Refused: there is nothing that could have been stored."""
         raise _never_stored()
+
+
+@contextmanager
+def solving_bar(solver: str, unit: str) -> Iterator[Progress]:
+    """A bar of rank zero that a solver tells of its products and residual, shown where it takes some seconds."""
+    shown = getattr(rank_zero_only, "rank", 0) == 0
+    with tqdm(desc=f"solving by {solver}", unit=unit, delay=2.0, leave=False, disable=not shown) as bar:
+
+        def progress(products: int, residual: float) -> None:
+            bar.set_postfix(residual=f"{residual:.1e}", refresh=False)
+            bar.update(products - bar.n)
+
+        yield progress
 
 
 def _never_stored() -> CurvatureError:

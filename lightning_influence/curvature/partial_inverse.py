@@ -13,20 +13,18 @@ outside K. H stands for H + λI, weight decay included (Lyu, Jang, Ryu & Yang 20
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lightning_influence.curvature.curvature import Curvature
 from lightning_influence.curvature.damping import Damping
 from lightning_influence.curvature.least_squares import LeastSquares, cgls, dense_least_squares, lsmr, neumann
-from lightning_influence.curvature.matrix_free import MatrixFreeCurvature
+from lightning_influence.curvature.matrix_free import MatrixFreeCurvature, solving_bar
 from lightning_influence.curvature.parameter_space import ParameterSpace
 from lightning_influence.curvature.solvers import Progress, Solution, conjugate_gradient, minres
 from lightning_influence.errors import CurvatureError
@@ -90,6 +88,8 @@ class Answer:
 class PartialInverse(ABC):
     """A linear map R from gradients to changes of the parameters, and its transpose."""
 
+    #: K, where the change is confined to it.
+    target: TargetParameters | None = None
     #: Whether H is to be that of all samples, those of the group included, instead of the retained ones'.
     about_all: bool = False
 
@@ -128,9 +128,7 @@ class Whole(PartialInverse):
         """H⁻¹ g, by the curvature's own means."""
         change = curvature.solve(g, damping)
         found = curvature.last_solution if isinstance(curvature, MatrixFreeCurvature) else None
-        if found is None:
-            return Answer(change, None, 0, 0, True)
-        return Answer(change, _largest(found.residual), found.iterations, found.iterations + 1, found.converged)
+        return Answer(change, None, 0, 0, True) if found is None else _solved(change, found)
 
     def transposed(self, curvature: Curvature, v: Gradients, damping: Damping) -> Gradients:
         """H⁻¹ v."""
@@ -165,15 +163,15 @@ class SecondOrder(Whole):
 class Projected(Whole):
     """δ_K = [H⁻¹ g]_K: the change of K if all parameters could change, which they cannot."""
 
+    target: TargetParameters
+
     def __init__(self, target: TargetParameters) -> None:
         self.target = target
 
     def change(self, curvature: Curvature, g: Gradients, damping: Damping, of_group: Product | None = None) -> Answer:
         """H⁻¹ g, cut."""
         found = super().change(curvature, g, damping)
-        return Answer(
-            self.target.restricted(found.change), found.residual, found.iterations, found.products, found.converged
-        )
+        return replace(found, change=self.target.restricted(found.change))
 
     def transposed(self, curvature: Curvature, v: Gradients, damping: Damping) -> Gradients:
         """H⁻¹ v_K."""
@@ -190,6 +188,8 @@ class Projected(Whole):
 class _OnTarget(PartialInverse):
     """What is solved on K by products with H."""
 
+    target: TargetParameters
+
     def __init__(self, target: TargetParameters, solver: Solver | SolverName = "minres") -> None:
         self.target, self.solver = target, solver if isinstance(solver, Solver) else Solver(solver)
 
@@ -204,10 +204,10 @@ class Freezing(_OnTarget):
     def change(self, curvature: Curvature, g: Gradients, damping: Damping, of_group: Product | None = None) -> Answer:
         """H_KK⁻¹ g_K."""
         columns = _Columns(curvature, self.target, damping, self.target.names)
-        with _bar(self.solver) as progress:
-            x, answer = _symmetric(self.solver, columns.inside, columns.cut(g), progress)
-        _warn("FIF", self.solver, answer)
-        return Answer(columns.embedded(x, g), **answer)
+        with solving_bar(self.solver.name, "product") as progress:
+            x, told = _symmetric(self.solver, columns.inside, columns.cut(g), progress)
+        _warn("FIF", self.solver, told)
+        return replace(told, change=columns.embedded(x, g))
 
     def transposed(self, curvature: Curvature, v: Gradients, damping: Damping) -> Gradients:
         """H_KK⁻¹ v_K."""
@@ -228,24 +228,21 @@ class Generalized(_OnTarget):
     def change(self, curvature: Curvature, g: Gradients, damping: Damping, of_group: Product | None = None) -> Answer:
         """H_{:,K}⁺ g."""
         columns = _Columns(curvature, self.target, damping, curvature.connected(self.target.names))
-        with _bar(self.solver) as progress:
+        with solving_bar(self.solver.name, "product") as progress:
             found = _least_squares(
                 self.solver, columns.apply, columns.adjoint, columns.rows(g), columns.count, progress
             )
-        answer = _told(found, found.normal_residual)
-        _warn("GIF", self.solver, answer)
-        return Answer(columns.embedded(found.x, g), **answer)
+        told = _told(found, found.normal_residual)
+        _warn("GIF", self.solver, told)
+        return replace(told, change=columns.embedded(found.x, g))
 
     def transposed(self, curvature: Curvature, v: Gradients, damping: Damping) -> Gradients:
         """H_{:,K} (H_{K,:} H_{:,K})⁻¹ v_K: of the u with H_{K,:} u = v_K, the shortest."""
         columns = _Columns(curvature, self.target, damping, curvature.connected(self.target.names))
-        with _bar(self.solver) as progress:
-            if self.solver.name == "lstsq":  # the small matrix is the other one
-                found = dense_least_squares(columns.adjoint, columns.space.size, columns.cut(v))
-            else:
-                found = _least_squares(
-                    self.solver, columns.adjoint, columns.apply, columns.cut(v), columns.space.size, progress
-                )
+        with solving_bar(self.solver.name, "product") as progress:
+            found = _least_squares(
+                self.solver, columns.adjoint, columns.apply, columns.cut(v), columns.space.size, progress
+            )
         _warn("GIF", self.solver, _told(found, torch.minimum(found.residual, found.normal_residual)))
         return columns.space.named(found.x, columns.space.names, v)
 
@@ -339,8 +336,8 @@ def _least_squares(
 
 def _symmetric(
     solver: Solver, matvec: Callable[[Tensor], Tensor], b: Tensor, progress: Progress
-) -> tuple[Tensor, dict[str, Any]]:
-    """A⁻¹ b of a square symmetric A."""
+) -> tuple[Tensor, Answer]:
+    """A⁻¹ b of a square symmetric A, and how it was found."""
     if solver.name in ("lstsq", "neumann"):
         squares = _least_squares(solver, matvec, matvec, b, b.shape[1], progress)
         return squares.x, _told(squares, squares.residual)
@@ -348,43 +345,26 @@ def _symmetric(
     found: Solution = solve(
         matvec, b, tolerance=solver.tolerance, max_iterations=solver.max_iterations, progress=progress
     )
-    told = {
-        "residual": _largest(found.residual),
-        "iterations": found.iterations,
-        "products": found.iterations + 1,
-        "converged": found.converged,
-    }
-    return found.x, told
+    return found.x, _solved({}, found)
 
 
-def _told(found: LeastSquares, residual: Tensor) -> dict[str, Any]:
-    return {
-        "residual": _largest(residual),
-        "iterations": found.iterations,
-        "products": found.products,
-        "converged": found.converged,
-    }
+def _solved(change: Gradients, found: Solution) -> Answer:
+    """An answer by a solver whose step costs one product, and one more the check of the residual."""
+    return Answer(change, _largest(found.residual), found.iterations, found.iterations + 1, found.converged)
 
 
-def _warn(method: str, solver: Solver, answer: Mapping[str, Any]) -> None:
-    if not answer["converged"]:
+def _told(found: LeastSquares, residual: Tensor) -> Answer:
+    """How least squares were found; the change is to be filled in."""
+    return Answer({}, _largest(residual), found.iterations, found.products, found.converged)
+
+
+def _warn(method: str, solver: Solver, told: Answer) -> None:
+    if not told.converged:
         rank_zero_warn(
-            f"{method} by {solver.name} stopped before its tolerance: after {answer['iterations']} iterations the "
-            f"relative residual is {answer['residual']:.1e}, above {solver.tolerance:.1e}. HINT: this may be wanted, "
+            f"{method} by {solver.name} stopped before its tolerance: after {told.iterations} iterations the "
+            f"relative residual is {told.residual:.1e}, above {solver.tolerance:.1e}. HINT: this may be wanted, "
             "as stopping early regularises; else pass Solver(max_iterations=...), or damp more."
         )
-
-
-@contextmanager
-def _bar(solver: Solver) -> Iterator[Progress]:
-    shown = getattr(rank_zero_only, "rank", 0) == 0
-    with tqdm(desc=f"solving by {solver.name}", unit="product", delay=2.0, leave=False, disable=not shown) as bar:
-
-        def progress(products: int, residual: float) -> None:
-            bar.set_postfix(residual=f"{residual:.1e}", refresh=False)
-            bar.update(products - bar.n)
-
-        yield progress
 
 
 def _like(v: Gradients) -> Tensor:

@@ -190,6 +190,11 @@ def statistics_of(statistics: CurvatureStatistics | str) -> CurvatureStatistics:
     return _BY_NAME[statistics]()
 
 
+def is_decoupled(group: ParameterGroup) -> bool:
+    """Whether the weight decay of a group bypasses the optimizer's division by √v̂+ε, as AdamW's does."""
+    return bool(dict(group.options).get("decoupled_weight_decay", group.optimizer in _DECOUPLED))
+
+
 def weight_decay_at(
     store: ArtifactStore, at: Checkpoint, names: tuple[str, ...], *, summed_over: int = 1
 ) -> dict[str, float]:
@@ -222,7 +227,7 @@ def weight_decay(
         for name in group.parameters:
             if rate == 0.0 or name not in names:
                 continue
-            if options.get("decoupled_weight_decay", group.optimizer in _DECOUPLED):
+            if is_decoupled(group):
                 scale = denominators.get(name)
                 factor = 1.0 if scale is None else float(scale.detach().to(torch.float64).mean())
                 decay[name] = decay.get(name, 0.0) + rate * factor

@@ -16,15 +16,15 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from lightning_influence.curvature.rows import check_rows, finite_product, rounding_of, row_dots, row_norms, unit_rows
 from lightning_influence.errors import CurvatureError
 
 MatVec: TypeAlias = Callable[[Tensor], Tensor]  # (Q, P) -> (Q, P): every row times the same symmetric matrix, any Q
 Progress: TypeAlias = Callable[[int, float], None]  # products so far, worst ‖b − A x‖/‖b‖ of the rows still at work
 
-_ROUNDING = 16.0  # in units of the dtype's eps: what is smaller, relative to the largest seen, is not told from zero
-_HELPS = 0.75  # of the residual before: a pass that leaves more has found rounding errors, and is dropped
-_GROWTH = 1.1  # of a series' residual, which never grows where the series converges
-_SAFETY = 1.1  # on |λ|max, which power iteration approaches from below
+HELPS = 0.75  # of the residual before: a pass that leaves more has found rounding errors, and is dropped
+GROWTH = 1.1  # of a series' residual, which never grows where the series converges
+SAFETY = 1.1  # on |λ|max, which power iteration approaches from below
 
 
 @dataclass(frozen=True)
@@ -150,9 +150,9 @@ def lissa(
         CurvatureError: the series diverges; the scale is not positive, or A is zero; NaN or infinity from a product
             (names the iteration); a `b` of another shape or type.
     """
-    _check(b)
+    check_rows(b)
     if scale is None:
-        scale = _SAFETY * largest_eigenvalue(matvec, b) if b.numel() else 1.0
+        scale = SAFETY * largest_eigenvalue(matvec, b) if b.numel() else 1.0
     return _series(_System("LiSSA", matvec, None, progress), b, scale, depth, tolerance)
 
 
@@ -181,7 +181,7 @@ def largest_eigenvalue(
     v = torch.nn.functional.normalize(draw, dim=1).to(like.dtype).to(like.device)
     found = 0.0
     for _ in range(iterations):
-        unit, norm = _unit(system.product(v))
+        unit, norm = unit_rows(system.product(v))
         before, found = found, float(norm)
         if found - before <= tolerance * found:
             break
@@ -206,10 +206,10 @@ class _System:
     def preconditioned(self, r: Tensor) -> tuple[Tensor, Tensor]:
         """z = M r (Q, P), and rᵀz (Q,)."""
         if self._preconditioner is None:
-            return r, _dot(r, r)
+            return r, row_dots(r, r)
         z = self._sound(self._preconditioner(r), r, "preconditioner")
-        inner = _dot(r, z)
-        if (inner < -_rounding(r) * _norm(r) * _norm(z)).any():
+        inner = row_dots(r, z)
+        if (inner < -rounding_of(r) * row_norms(r) * row_norms(z)).any():
             raise CurvatureError(
                 f"{self.solver} met a preconditioner that is not positive definite, in iteration {self.products}.",
                 expected="rᵀMr > 0 for every r",
@@ -231,13 +231,7 @@ class _System:
                 found=f"{tuple(out.shape)} {out.dtype} on {out.device}",
                 hint="The function must take (Q, P) to (Q, P) for every number of rows Q.",
             )
-        if not torch.isfinite(out).all():
-            raise CurvatureError(
-                f"{self.solver}: a product with the {what} is NaN or infinite in iteration {self.products}.",
-                expected="finite numbers",
-                hint="Look for NaN in the weights, the data and the loss's second derivatives, or try float64.",
-            )
-        return out.detach()
+        return finite_product(out, f"{self.solver}: a product with the {what}", self.products)
 
 
 # One pass from x = 0: system, r (Q, P), goals on ‖r‖, steps allowed, ‖A‖ so far -> x (Q, P), steps taken, ‖A‖; all (Q,)
@@ -249,8 +243,8 @@ def _refined(method: _Pass, system: _System, b: Tensor, tolerance: float, max_it
 
     The budget is counted row by row, so that what a row gets does not depend on how long its neighbours take.
     """
-    _check(b)
-    unit, norms = _unit(b.detach())
+    check_rows(b)
+    unit, norms = unit_rows(b.detach())
     eps = torch.finfo(b.dtype).eps
     x, gap = torch.zeros_like(unit), unit.clone()  # gap: unit - A x
     residual = torch.where(norms > 0, torch.inf, 0.0).to(b.dtype)
@@ -258,13 +252,13 @@ def _refined(method: _Pass, system: _System, b: Tensor, tolerance: float, max_it
     steps = torch.zeros(len(b), dtype=torch.int64, device=b.device)
     rows = norms.nonzero().squeeze(1)
     while rows.numel():
-        goals = (eps * _norm(gap[rows])).clamp_min(tolerance)
+        goals = (eps * row_norms(gap[rows])).clamp_min(tolerance)
         step, taken, largest[rows] = method(system, gap[rows], goals, max_iterations - steps[rows], largest[rows])
         steps[rows] += taken
         candidate = x[rows] + step
         left = unit[rows] - system.product(candidate)
-        now, before = _norm(left), residual[rows]
-        helped = now <= _HELPS * before  # the first pass counts in any case: before is infinite
+        now, before = row_norms(left), residual[rows]
+        helped = now <= HELPS * before  # the first pass counts in any case: before is infinite
         chosen = rows[helped]
         x[chosen], gap[chosen], residual[chosen] = candidate[helped], left[helped], now[helped]
         rows = rows[helped & (now > tolerance) & (steps[rows] < max_iterations)]
@@ -275,10 +269,10 @@ def _conjugate_gradient(
     system: _System, r: Tensor, goals: Tensor, budget: Tensor, largest: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     found, taken, norm = torch.zeros_like(r), torch.zeros_like(budget), largest.clone()
-    rounding, tiny = _rounding(r), torch.finfo(r.dtype).tiny
+    rounding, tiny = rounding_of(r), torch.finfo(r.dtype).tiny
     rows, step, x = torch.arange(len(r), device=r.device), 0, torch.zeros_like(r)
     p, rz = system.preconditioned(r)
-    going = (_norm(r) > goals) & (budget > 0)
+    going = (row_norms(r) > goals) & (budget > 0)
     while True:
         if not going.all():
             found[rows], taken[rows], norm[rows] = x, step, largest
@@ -288,7 +282,7 @@ def _conjugate_gradient(
             return found, taken, norm
         product = system.product(p)
         step += 1
-        curvature, length, image = _dot(p, product), _norm(p), _norm(product)
+        curvature, length, image = row_dots(p, product), row_norms(p), row_norms(product)
         largest = torch.maximum(largest, image / length.clamp_min(tiny))
         # At a right angle or more to p: no positive definite matrix does that (cosine >= 2 √κ / (κ + 1)), but rounding
         # does where ‖Ap‖² <= ‖A‖ pᵀAp, which semidefinite ones obey, holds within its error.
@@ -309,7 +303,7 @@ def _conjugate_gradient(
         x, r = x + alpha * p, r - alpha * product
         z, rz_next = system.preconditioned(r)
         p = z + (rz_next / rz)[:, None] * p
-        rz, size = rz_next, _norm(r)
+        rz, size = rz_next, row_norms(r)
         system.report(size)
         going = (size > goals) & ~flat & (step < budget) & (rz > 0)
 
@@ -321,8 +315,8 @@ def _minres(system: _System, r: Tensor, goals: Tensor, budget: Tensor, known: Te
     rows, step = torch.arange(len(r), device=r.device), 0
     y, square = system.preconditioned(r)
     beta = square.clamp_min(0).sqrt()
-    going = (_norm(r) > goals) & (budget > 0) & (beta > 0)
-    unit = _norm(r) / beta  # takes φ, which is in the norm of M, to the scale of the goals
+    going = (row_norms(r) > goals) & (budget > 0) & (beta > 0)
+    unit = row_norms(r) / beta  # takes φ, which is in the norm of M, to the scale of the goals
     none, beta_old = torch.zeros_like(beta), torch.ones_like(beta)
     x, w, w_old, r_old = torch.zeros_like(r), torch.zeros_like(r), torch.zeros_like(r), torch.zeros_like(r)
     c, s, phi, largest, delta_bar, epsilon = none - 1, none, beta, none, none, none
@@ -339,7 +333,7 @@ def _minres(system: _System, r: Tensor, goals: Tensor, budget: Tensor, known: Te
         product = system.product(v)
         step += 1
         product = product - (beta / beta_old)[:, None] * r_old
-        alpha = _dot(v, product)
+        alpha = row_dots(v, product)
         r, r_old = product - (alpha / beta)[:, None] * r, r
         y, square = system.preconditioned(r)
         beta, beta_old = square.clamp_min(0).sqrt(), beta
@@ -368,7 +362,7 @@ def _series(system: _System, b: Tensor, scale: float, depth: int, tolerance: flo
             found=scale,
             hint="Add damping, or pass a scale above half the largest eigenvalue.",
         )
-    unit, norms = _unit(b.detach())
+    unit, norms = unit_rows(b.detach())
     found, residual = torch.zeros_like(unit), torch.zeros_like(norms)
     steps = torch.zeros(len(b), dtype=torch.int64, device=b.device)
     rows = norms.nonzero().squeeze(1)
@@ -378,14 +372,14 @@ def _series(system: _System, b: Tensor, scale: float, depth: int, tolerance: flo
         if not rows.numel():
             break
         left = target - system.product(x) / scale
-        now = _norm(left)
-        worse = now > _GROWTH * least + _rounding(x) * (1 + _norm(x))
+        now = row_norms(left)
+        worse = now > GROWTH * least + rounding_of(x) * (1 + row_norms(x))
         if worse.any():
             raise CurvatureError(
                 f"{system.solver} diverges at scale {scale:.6g}: its residual grows.",
                 expected=f"all eigenvalues between 0 and {2 * scale:.6g}, twice the scale",
                 found=f"‖b − Ax‖ = {now[worse].max().item():.3g} ‖b‖, was {least[worse].max().item():.3g} ‖b‖, "
-                f"after {step} steps; the sum has norm {_norm(x)[worse].max().item():.3g} ‖b‖",
+                f"after {step} steps; the sum has norm {row_norms(x)[worse].max().item():.3g} ‖b‖",
                 hint="Take a scale above half the largest eigenvalue (None measures it), or, where there are negative "
                 "eigenvalues, the GGN or Fisher curvature, MINRES, or more damping.",
             )
@@ -399,42 +393,3 @@ def _series(system: _System, b: Tensor, scale: float, depth: int, tolerance: flo
 def _solution(x: Tensor, residual: Tensor, steps: Tensor, tolerance: float) -> Solution:
     iterations = int(steps.max()) if len(steps) else 0
     return Solution(x, residual, iterations, bool((residual <= tolerance).all()))
-
-
-def _check(b: Tensor) -> None:
-    if b.dim() != 2 or b.dtype not in (torch.float32, torch.float64):
-        raise CurvatureError(
-            "The right-hand sides are not rows of float32 or float64.",
-            expected="(Q, P) float32 or float64",
-            found=f"{tuple(b.shape)} {b.dtype}",
-            hint="Flatten every right-hand side to one row.",
-        )
-    if not torch.isfinite(b).all():
-        raise CurvatureError(
-            "The right-hand sides contain NaN or infinity.",
-            expected="finite numbers",
-            hint="Look for NaN in the gradients that these are.",
-        )
-
-
-def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows (Q, P) at unit length and their norms (Q,), without a square that under- or overflows; 0 stays 0."""
-    if not rows.numel():
-        return rows, rows.new_zeros(len(rows))
-    peak = rows.abs().amax(1, keepdim=True)
-    scaled = rows / torch.where(peak > 0, peak, 1.0)
-    norm = torch.linalg.vector_norm(scaled, dim=1, keepdim=True)
-    return scaled / norm.clamp_min(1.0), (peak * norm).squeeze(1)
-
-
-def _dot(left: Tensor, right: Tensor) -> Tensor:
-    return torch.sum(left * right, 1)
-
-
-def _norm(rows: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
-    return norms
-
-
-def _rounding(like: Tensor) -> float:
-    return _ROUNDING * torch.finfo(like.dtype).eps

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from lightning_influence.errors import QueryError
 from lightning_influence.objective import PerSample, Reduction, training_objective
-from lightning_influence.replay import TrainingData, isolated, to_device
+from lightning_influence.replay import TrainingData, isolated, walk
 
 Criterion = Callable[[LightningModule], float]
 
@@ -83,14 +83,12 @@ def standing(
 ) -> Standing:
     """Mean loss and accuracy of a module on the samples of a loader, without a trace."""
     data = TrainingData.of(loader, forked=True)
-    positions = [range(a, min(a + data.batch_size, len(data))) for a in range(0, len(data), data.batch_size)]
     total, right, known = 0.0, 0.0, True
     with torch.inference_mode(False), isolated(module) as manual_losses:
-        for ids, batch in zip(positions, data.batches(positions), strict=True):
-            placed = to_device(batch, module, None)
+        for ids, batch in walk(data, [range(len(data))], module):
             found = training_objective(
                 module,
-                placed,
+                batch,
                 len(ids),
                 per_sample_loss=per_sample_loss,
                 reduction=reduction,
@@ -129,10 +127,16 @@ def keeping_and_forgetting(
                 found="another loss",
                 hint="pass criterion=, a function module -> float, higher is better",
             )
-        lost = 1 - target
-        return 2 * lost * kept / (lost + kept) if lost + kept else 0.0
+        return removal_f1(target, kept)
 
     return criterion
+
+
+def removal_f1(target_accuracy: float, retained_accuracy: float) -> float:
+    """Harmonic mean of what was lost of the removed samples and kept of the others: 2(1 − a_t)a_r / (1 − a_t + a_r)
+    (Lyu et al. 2023, arXiv:2312.05586)."""
+    lost = 1 - target_accuracy
+    return 2 * lost * retained_accuracy / (lost + retained_accuracy) if lost + retained_accuracy else 0.0
 
 
 def refuse_training_set(loader: Any, fingerprints: Sequence[str]) -> None:

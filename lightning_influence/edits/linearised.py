@@ -17,14 +17,19 @@ from lightning_influence.curvature import (
     CurvatureStatistics,
     Damping,
     LossOperator,
+    MatrixFree,
     PartialInverse,
     TrainingEvidence,
+    statistics_of,
 )
 from lightning_influence.curvature.parameter_space import ParameterSpace
+from lightning_influence.edits.how import How
+from lightning_influence.edits.soundness import checked_reduction, decay_of
 from lightning_influence.edits.task import Part, Task
 from lightning_influence.errors import QueryError
+from lightning_influence.estimators import InfluenceFunction
 from lightning_influence.gradients import Dense, Gradients, TargetParameters, accumulation_dtype, select
-from lightning_influence.objective import Labels, Objective, PerSample, Reduction
+from lightning_influence.objective import Labels, Reduction
 
 
 @dataclass(frozen=True)
@@ -37,10 +42,8 @@ class Linearised:
         decay: weight decay by parameter name.
         parameters: those that H is about, and that change.
         labels: over which labels H is taken; `None` lets the loss choose.
-        hessian_samples: take H over a random part of so many samples; `None` is all.
-        seed: of that part.
-        batch_size: samples a batch in products; `None` is that of the loader.
-        per_sample_loss, reduction: the training loss of one sample.
+        reduction: of the training loss.
+        how: over which samples H is taken, in which batches, and the loss of one sample where it was given.
     """
 
     task: Task
@@ -50,11 +53,8 @@ class Linearised:
     decay: Mapping[str, float]
     parameters: tuple[str, ...]
     labels: Labels | None
-    hessian_samples: int | None
-    seed: int
-    batch_size: int | None
-    per_sample_loss: PerSample | None
     reduction: Reduction
+    how: How
 
     def gradient(self, module: LightningModule) -> dict[str, Tensor]:
         """g = (1/N) Σ_leaving ± ∇ℓ at the weights of the module."""
@@ -85,7 +85,7 @@ class Linearised:
         and of those outside K; not told to second order, whose H is not that of what stays."""
         part = self.task.whole if self.inverse.about_all else self.task.retained
         share = len(part) / self.task.num_samples  # H of the mean over `part`, times this, has 1/N
-        evidence = self._evidence(module, part, self.hessian_samples, list(self.parameters))
+        evidence = self._evidence(module, part, self.how.hessian_samples, list(self.parameters))
         collected = self.statistics.collect(evidence)
         curvature = collected.decayed({name: value / share for name, value in self.decay.items()})
         damping = self.damping.times(1 / share) if isinstance(self.damping, Absolute) else self.damping
@@ -97,7 +97,7 @@ class Linearised:
         )
         left: dict[str, Any] = {"left": None, "left_frozen": None}
         if not self.inverse.about_all:
-            left = _left(curvature, rows, answer.change, damping, getattr(self.inverse, "target", None))
+            left = _left(curvature, rows, answer.change, damping, self.inverse.target)
         told = {
             "hessian_samples": evidence.num_samples,
             "hessian_sampled": evidence.num_samples < len(part),
@@ -121,25 +121,8 @@ class Linearised:
         return space.named(total, tuple(v), v)
 
     def _summed(self, module: LightningModule, part: Part) -> dict[str, Tensor]:
-        """Σ ∇ℓ of every trained parameter, in float64 where the device has it."""
-        evidence = self._evidence(module, part, None)
-        parameters = evidence.selection.parameters
-        sums = {name: torch.zeros_like(p, dtype=torch.float64) for name, p in parameters.items()}
-
-        def add(found: Objective, ids: Tensor, batch: Any) -> None:
-            each = torch.autograd.grad(found.summed(), list(parameters.values()), materialize_grads=True)
-            for (name, total), gradient in zip(sums.items(), each, strict=True):
-                if not bool(gradient.isfinite().all()):
-                    raise QueryError(
-                        f"the gradient of {name!r} is NaN or infinite, in samples {int(ids[0])} to {int(ids[-1])}",
-                        expected="finite gradients",
-                        found="NaN or infinity",
-                        hint="look at these samples and their losses",
-                    )
-                total += gradient.to_dense() if gradient.is_sparse else gradient
-
-        evidence.visit_objectives(add, "gradients")
-        return sums
+        """Σ ∇ℓ of every trained parameter, in float64."""
+        return self._evidence(module, part, None).summed_gradients("gradients")
 
     def _evidence(
         self, module: LightningModule, part: Part, at_most: int | None, names: list[str] | None = None
@@ -149,13 +132,67 @@ class Linearised:
             select(module, "all" if names is None else names),
             part.data,
             labels=self.labels,
-            seed=self.seed,
+            seed=self.how.seed,
             at_most=at_most,
             positions=part.positions,
-            batch_size=self.batch_size,
-            per_sample_loss=self.per_sample_loss,
+            batch_size=self.how.batch_size,
+            per_sample_loss=self.how.per_sample_loss,
             reduction=self.reduction,
         )
+
+
+def linearised(module: LightningModule, task: Task, method: InfluenceFunction, how: How) -> Linearised:
+    """The problem, after all that can be refused early.
+
+    Raises:
+        QueryError: a method that is none, or whose damping is not known here; an unknown weight decay.
+        LossError: a model that is not deterministic, or couples the samples of a batch.
+        CaptureError: target parameters of another model.
+        CurvatureError: unknown statistics, or labels that they have no use for.
+    """
+    if not isinstance(method, InfluenceFunction):
+        raise QueryError(
+            "this method says no change of the weights",
+            expected="an InfluenceFunction, or one of its relatives such as GeneralizedInfluenceFunction(target)",
+            found=repr(method),
+            hint="TracIn and the baselines rank samples; they are no counterfactuals",
+        )
+    if not isinstance(method.damping, Damping):
+        raise QueryError(
+            "an edit has no store in which a damping was chosen",
+            expected="a number, Relative(...) or None",
+            found='damping="auto"',
+            hint="pass the damping itself: influence.choose_damping(...).damping",
+        )
+    if method.inverse.about_all and how.steps > 1:
+        raise QueryError(
+            f"{type(method).__name__} already goes beyond the linear step",
+            expected="steps=1",
+            found=f"steps={how.steps}",
+            hint="take InfluenceFunction for several linear steps",
+        )
+    if method.inverse.target is not None:
+        method.inverse.target.check({name: tuple(p.shape) for name, p in module.named_parameters()})
+    reduction = checked_reduction(module, task.retained, how.per_sample_loss)
+    names = tuple(name for name, p in module.named_parameters() if p.requires_grad)
+    statistics = _statistics(method)
+    summed = task.whole.data.batch_size if reduction == "sum" else 1
+    return Linearised(
+        task,
+        method.inverse,
+        statistics,
+        method.damping,
+        decay_of(module, how.weight_decay, names, summed),
+        method.chosen(names),
+        method.labels_for(statistics),
+        reduction,
+        how,
+    )
+
+
+def _statistics(method: InfluenceFunction) -> CurvatureStatistics:
+    """The curvature of a method, estimated here; what `None` means in a store is the exact Hessian here."""
+    return MatrixFree("hessian", "minres") if method.source is None else statistics_of(method.source)
 
 
 def _left(

@@ -17,7 +17,7 @@ from lightning.pytorch import LightningModule
 from torch import Tensor
 
 from lightning_influence.edits.edit_file import read_edit, write_edit
-from lightning_influence.edits.how import How, linearised
+from lightning_influence.edits.how import How
 from lightning_influence.edits.line_search import (
     STEPS,
     Criterion,
@@ -27,7 +27,7 @@ from lightning_influence.edits.line_search import (
     refuse_training_set,
     search,
 )
-from lightning_influence.edits.linearised import Linearised
+from lightning_influence.edits.linearised import Linearised, linearised
 from lightning_influence.edits.task import Task, relabelling, removal, samples
 from lightning_influence.errors import QueryError, StoreError
 from lightning_influence.estimators import InfluenceFunction
@@ -192,8 +192,11 @@ class ModelEdit:
         Raises:
             StoreError: the module is not the one that the edit was made for, or has other weights.
         """
-        self._check(module, exactly=True)
-        self._check_all(module)
+        self._check_before(module)
+        return self._edited(module, step)
+
+    def _edited(self, module: Module, step: float) -> Module:
+        """What `apply` gives, of a module that was checked."""
         with torch.inference_mode(False), torch.no_grad():
             edited = copy.deepcopy(module)
             parameters = dict(edited.named_parameters())
@@ -281,7 +284,8 @@ class ModelEdit:
                 if forget_loader is None
                 else keeping_and_forgetting(validation_loader, forget_loader, per_sample_loss, reduction)
             )
-        return search(lambda step: self.apply(module, step), criterion, steps)
+        self._check_before(module)
+        return search(lambda step: self._edited(module, step), criterion, steps)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write `edit.safetensors` and `edit.json` into a new or empty folder.
@@ -311,6 +315,11 @@ class ModelEdit:
             f"ModelEdit({self.record['kind']} of {self.record['num_leaving']} from {self.record['num_samples']} "
             f"samples by {self.record['method']}, {share}, {residual}{left})"
         )
+
+    def _check_before(self, module: LightningModule) -> None:
+        """Refuse a module that is not the one that the edit was made for, as it was then."""
+        self._check(module, exactly=True)
+        self._check_all(module)
 
     def _check(self, module: LightningModule, exactly: bool) -> None:
         parameters = dict(module.named_parameters())
@@ -349,7 +358,7 @@ class ModelEdit:
 
 
 def _settings(problem: Linearised) -> dict[str, Any]:
-    target = getattr(problem.inverse, "target", None)
+    target = problem.inverse.target
     statistics = {"class": type(problem.statistics).__name__, **problem.statistics.settings()}
     return {
         **problem.inverse.settings(),

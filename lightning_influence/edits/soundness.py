@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from numbers import Real
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
-from torch import Tensor
 
-from lightning_influence.callbacks.optimizer_record import OptimizerRecord, denominators
-from lightning_influence.curvature import weight_decay
+from lightning_influence.callbacks.optimizer_record import OptimizerRecord, denominators, optimizers_in
+from lightning_influence.curvature import is_decoupled, weight_decay
 from lightning_influence.edits.task import Part
 from lightning_influence.errors import LossError, QueryError
 from lightning_influence.objective import PerSample, Reduction, training_objective
@@ -78,18 +76,16 @@ def decay_of(
     if given is not None:
         return _checked(given, names)
     trainer = module._trainer
-    if trainer is None or not trainer.optimizers:
+    optimizers = [] if trainer is None else trainer.optimizers
+    if not optimizers:
         try:
             with isolated(module):
-                trainer = SimpleNamespace(optimizers=_optimizers(module.configure_optimizers()))  # type: ignore[assignment]
+                optimizers = optimizers_in(module.configure_optimizers())
         except Exception as error:  # whatever a user's function raises without a Trainer
             raise _unknown(f"configure_optimizers() fails outside a fit ({type(error).__name__}: {error})") from error
-    known: Any = trainer
-    groups = OptimizerRecord().groups(known, module)
-    scales: dict[str, Tensor] = denominators(known, module)
+    groups, scales = OptimizerRecord().groups(optimizers, module), denominators(optimizers, module)
     for group in groups:
-        decoupled = group.options.get("decoupled_weight_decay", group.optimizer in ("AdamW", "NAdamW"))
-        if decoupled and group.options.get("weight_decay") and not all(n in scales for n in group.parameters):
+        if group.options.get("weight_decay") and is_decoupled(group) and not set(group.parameters) <= set(scales):
             raise _unknown(f"{group.optimizer} without its second moments")
     return weight_decay(groups, names, scales, summed_over=summed_over)
 
@@ -106,15 +102,6 @@ def _checked(given: float | Mapping[str, float], names: tuple[str, ...]) -> dict
                 hint="pass weight_decay=, the factor of θ in the gradient of the mean loss, 0 for none",
             )
     return {name: float(value) for name, value in decay.items() if value}
-
-
-def _optimizers(made: Any) -> list[Any]:
-    if isinstance(made, dict):
-        made = made["optimizer"]
-    if isinstance(made, (tuple, list)) and len(made) == 2 and isinstance(made[0], (tuple, list)):
-        made = made[0]
-    every = made if isinstance(made, (tuple, list)) else [] if made is None else [made]
-    return [one["optimizer"] if isinstance(one, dict) else one for one in every]
 
 
 def _unknown(found: str) -> QueryError:

@@ -101,8 +101,14 @@ class InfluenceFunction(Estimator):
         found = self.recorded(stage)
         names = self._names(stage, found)
         damping = self.damping_of(stage, found)
-        whole = isinstance(self.inverse, Whole) and stage.projection is not None
-        inner = found.curvature.within(stage.projection) if whole and stage.projection is not None else None
+        inner = None if stage.projection is None else found.curvature.within(stage.projection)
+        if inner is not None and self.inverse.target is not None:
+            raise QueryError(
+                "target parameters are entries of whole gradients, and this curvature is one of projected ones",
+                expected="a curvature of whole gradients, such as MatrixFree() or EKFAC()",
+                found=f"the curvature {found.name!r} of gradients projected by {stage.projection}",
+                hint="pass another curvature=, or take InfluenceFunction() without target parameters",
+            )
         if inner is None:
             return [Term(found.at, found.at, names, lambda v: self.solved(stage, found, v, damping))]
         within = replace(found, curvature=inner)
@@ -212,9 +218,8 @@ class InfluenceFunction(Estimator):
 
     def _check_required(self, stage: Stage, known: Collection[str]) -> None:
         """Refuse target parameters of another model, and a curvature that lacks what is required."""
-        target = getattr(self.inverse, "target", None)
-        if isinstance(target, TargetParameters):
-            target.check({name: spec.shape for name, spec in stage.store.manifest.parameters.items()})
+        if self.inverse.target is not None:
+            self.inverse.target.check({name: spec.shape for name, spec in stage.store.manifest.parameters.items()})
         if missing := [name for name in self.inverse.required or () if name not in known]:
             raise QueryError(
                 f"{type(self).__name__} needs a curvature of more parameters",

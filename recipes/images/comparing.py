@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from lightning_influence import (
@@ -20,11 +26,15 @@ from lightning_influence import (
     SecondOrderInfluenceFunction,
     Solver,
     TargetParameters,
+    choose_target,
 )
+from recipes.images import tables
+from recipes.images.data import ImageSplits
+from recipes.images.models import ImageClassifier
+from recipes.images.tables import Row
 from recipes.truths.retraining import Samples
 
 Make = Callable[[InfluenceFunction], ModelEdit]
-Values = Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -65,41 +75,16 @@ class Solving:
         )
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one model came out with.
-
-    Args:
-        method: its name.
-        share: part of the parameters that it changes; None for models that were trained.
-        seed: of the model.
-        values: what was measured on the test images.
-        step: what the line search on the validation images chose.
-        seconds: of the solve.
-        left: part of the gradient that the linear model leaves over, where there is one linear step and it is known.
-    """
-
-    method: str
-    share: float | None
-    seed: int
-    values: Values
-    step: float | None = None
-    seconds: float | None = None
-    left: float | None = None
-
-
 def edited(
     targets: Mapping[float, TargetParameters],
     make: Make,
     solving: Solving,
-    whole: bool = True,
 ) -> Iterator[tuple[str, float, ModelEdit, float]]:
     """(method, share of the parameters, edit, seconds of its solve) of all methods, each once it is there.
 
     Args:
         targets: K by share.
         make: the edit that a method gives.
-        whole: also the two methods that change every parameter, and the one that cuts their change down to K.
     """
     matrix = MatrixFree("hessian", "minres", tolerance=solving.tolerance, max_iterations=solving.iterations)
     solver = Solver("minres", solving.tolerance, solving.iterations)
@@ -107,8 +92,6 @@ def edited(
         generalized = GeneralizedInfluenceFunction(target, damping=solving.damping, solver=solver)
         yield "GIF", share, *timed(make, generalized)
         yield "FIF", share, *timed(make, FreezingInfluenceFunction(target, damping=solving.damping, solver=solver))
-    if not whole:
-        return
     first, seconds = timed(make, InfluenceFunction(matrix, damping=solving.damping))
     for share, target in targets.items():
         if solving.steps == 1:
@@ -123,6 +106,51 @@ def left_over(edit: ModelEdit) -> float | None:
     """What the one linear step of an edit leaves of the gradient; of several, each tells of its own share alone."""
     steps = edit.record["steps"]
     return None if len(steps) > 1 else steps[0]["left"]
+
+
+def builder(config: DictConfig, images: ImageSplits) -> Callable[[], ImageClassifier]:
+    """What makes the classifier of a configuration for these images."""
+    return partial(instantiate(config.classifier), channels=images.channels, size=images.size, classes=images.classes)
+
+
+def targets_of(
+    config: DictConfig, module: ImageClassifier, training: Any, ids: Tensor, seed: int
+) -> dict[float, TargetParameters]:
+    """K at every share of a configuration, chosen by some of the samples `ids` of the training set."""
+    examined = ids[: config.examined].tolist()
+    return {
+        float(ratio): choose_target(module, training, ratio=ratio, rule=config.rule, seed=seed, sample_ids=examined)
+        for ratio in config.ratios
+    }
+
+
+def compared(
+    config: DictConfig,
+    title: str,
+    remarks: Callable[[DictConfig, ImageSplits], Sequence[str]],
+    rows_of: Callable[[DictConfig, ImageSplits, int], list[Row]],
+    percent: Sequence[str],
+    measures: Sequence[str],
+) -> list[Row]:
+    """The rows of all seeds of a configuration, as a table and a picture at `config.results`.
+
+    Args:
+        title: of the table.
+        remarks: what the table says above its rows.
+        rows_of: of one seed.
+        percent: the measures that are told in per cent.
+        measures: those that are drawn.
+    """
+    chosen: Any = OmegaConf.merge(config, config.when_quick) if config.quick else config
+    quiet()
+    images: ImageSplits = instantiate(chosen.images)
+    told, results, rows = remarks(chosen, images), Path(chosen.results), list[Row]()
+    for seed in chosen.seeds:
+        rows += rows_of(chosen, images, seed)  # written after each seed: a run that is stopped keeps what it has
+        tables.write(results.with_suffix(".md"), f"{title}, {chosen.title}", chosen.command, told, rows, percent)
+    print(results.with_suffix(".md").read_text())
+    tables.plot(rows, measures, results.with_suffix(".png"))
+    return rows
 
 
 def part(samples: Samples, chosen: Tensor) -> Samples:
@@ -147,7 +175,5 @@ def timed(make: Make, method: InfluenceFunction) -> tuple[ModelEdit, float]:
 
 def quiet() -> None:
     """One thread, and none of the warnings that a solver stopped early: here that is the setting."""
-    import warnings
-
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message=".*(stopped before its tolerance|did not converge)")

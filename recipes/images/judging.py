@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_influence.edits import removal_f1
 from recipes.truths.retraining import Samples
 
 BATCH_SIZE = 1000
@@ -93,12 +94,6 @@ def accuracy(module: nn.Module, samples: Samples) -> float:
 def predicted_as(module: nn.Module, samples: Samples, label: int) -> float:
     """Share of the images whose most probable class is the given one, whatever their own."""
     return _share(probabilities(module, samples).argmax(1) == label)
-
-
-def removal_f1(target_accuracy: float, retained_accuracy: float) -> float:
-    """Harmonic mean of what was lost of the removed class and kept of the others: 2(1 − a_t)a_r / (1 − a_t + a_r)."""
-    lost = 1 - target_accuracy
-    return 2 * lost * retained_accuracy / (lost + retained_accuracy) if lost + retained_accuracy else 0.0
 
 
 def distance(p: Tensor, q: Tensor) -> float:

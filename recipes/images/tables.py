@@ -3,12 +3,34 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from recipes.images.comparing import Row
-
 _COLOURS = {"GIF": "#1b7837", "FIF": "#762a83", "PIF": "#e08214", "IF": "#555555", "SIF": "#999999"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one model came out with.
+
+    Args:
+        method: its name.
+        share: part of the parameters that it changes; None for models that were trained.
+        seed: of the model.
+        values: what was measured on the test images.
+        step: what the line search on the validation images chose.
+        seconds: of the solve.
+        left: part of the gradient that the linear model leaves over, where there is one linear step and it is known.
+    """
+
+    method: str
+    share: float | None
+    seed: int
+    values: Mapping[str, float]
+    step: float | None = None
+    seconds: float | None = None
+    left: float | None = None
 
 
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, float | None], list[Row]]:

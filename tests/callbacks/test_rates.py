@@ -147,7 +147,7 @@ def test_no_denominator_where_the_update_has_another_form(tmp_path: Path) -> Non
                 return make(self.parameters())
 
         run = fit(tmp_path, seeded(Module), None, max_epochs=1)
-        assert denominators(run, run.lightning_module) == {}
+        assert denominators(run.optimizers, run.lightning_module) == {}
 
 
 def test_lbfgs_counts_a_step_once(tmp_path: Path) -> None:

@@ -24,8 +24,9 @@ from lightning_influence import (
     recorded_target,
 )
 from lightning_influence.artifacts import ArtifactStore, Manifest
-from lightning_influence.curvature import Dense, MatrixFree, write_curvature
+from lightning_influence.curvature import Dense, MatrixFree, ProjectedGram, write_curvature
 from lightning_influence.errors import CaptureError, QueryError
+from lightning_influence.gradients import FactorProjection
 from tests import reference
 from tests.curvature.settings import evidence, eye, matrix_of, shapes_of
 from tests.stores import (
@@ -220,6 +221,15 @@ def test_a_target_of_another_model(tmp_path: Path, truth):
     other = torch.nn.Linear(3, 2).double()
     with pytest.raises(CaptureError, match="weight"):
         scores(truth["module"], store, GeneralizedInfluenceFunction(TargetParameters.everything(other), HESSIAN))
+
+
+def test_a_curvature_of_projected_gradients_has_no_entries_to_choose(tmp_path: Path, truth):
+    module, target = truth["module"], truth["target"]
+    groups, states = [group(all_names(module), 0.1)], [module.state_dict()]
+    store = replay_store(tmp_path / "s", module, TRAIN, states, lambda c: groups, projection=FactorProjection(2))
+    for estimator in estimators(target, ProjectedGram()).values():
+        with pytest.raises(QueryError, match="projected ones"):
+            scores(module, store, estimator)
 
 
 def test_what_is_no_target():

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from lightning_influence.targets import RULES
 from recipes import class_removal, label_change, parameter_selection
 from recipes.images import tables
-from recipes.images.comparing import Row
+from recipes.images.tables import Row
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SMALL = ("seeds=[3]", "ratios=[0.3]", "solving.iterations=2", "solving.steps=1", "training.epochs=3")

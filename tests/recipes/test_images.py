@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor, nn
 
+from lightning_influence.edits import removal_f1
 from recipes.images import training
 from recipes.images.backdoor import patch_size, poisoned, triggered
 from recipes.images.data import ImageSplits, cifar10, digits, loader, mnist
@@ -24,7 +25,6 @@ from recipes.images.judging import (
     judge_removal,
     predicted_as,
     probabilities,
-    removal_f1,
 )
 from recipes.images.models import ImageClassifier, resnet_style, small_cnn, vgg_style
 from recipes.images.training import trained
