@@ -1,9 +1,9 @@
 """Which training samples made the model do this: influence for PyTorch Lightning, from callbacks to queries."""
 
-from lightning_influence.afterwards import add_curvature
+from lightning_influence.afterwards import add_curvature, link_checkpoint
 from lightning_influence.artifacts import ArtifactStore
 from lightning_influence.attribution import Attribution, Ranking
-from lightning_influence.callbacks import CurvatureSnapshot, GradientSnapshot
+from lightning_influence.callbacks import CurvatureSnapshot, GradientSnapshot, StageLinker
 from lightning_influence.curvature import (
     EKFAC,
     KFAC,
@@ -35,6 +35,7 @@ from lightning_influence.estimators import (
     FreezingInfluenceFunction,
     GeneralizedInfluenceFunction,
     InfluenceFunction,
+    MultiStage,
     NearestFirst,
     ProjectedInfluenceFunction,
     Random,
@@ -47,8 +48,10 @@ from lightning_influence.estimators import (
     TracInWE,
 )
 from lightning_influence.gradients import FactorProjection, RandomProjection, TargetParameters, gradient_rule
+from lightning_influence.mixed import MixedAttribution
 from lightning_influence.module import InfluenceModule
 from lightning_influence.queries import WordContribution
+from lightning_influence.stages import Proximity, SmallProximity, Source
 from lightning_influence.targets import choose_target, record_target, recorded_target
 
 __version__ = "0.1.0"
@@ -78,10 +81,13 @@ __all__ = [
     "LossError",
     "LowRank",
     "MatrixFree",
+    "MixedAttribution",
     "ModelEdit",
+    "MultiStage",
     "NearestFirst",
     "ProjectedGram",
     "ProjectedInfluenceFunction",
+    "Proximity",
     "QueryError",
     "Random",
     "RandomProjection",
@@ -90,8 +96,11 @@ __all__ = [
     "Removals",
     "SampleIdError",
     "SecondOrderInfluenceFunction",
+    "SmallProximity",
     "Solver",
+    "Source",
     "Stage",
+    "StageLinker",
     "StoreError",
     "TargetParameters",
     "Term",
@@ -104,6 +113,7 @@ __all__ = [
     "add_curvature",
     "choose_target",
     "gradient_rule",
+    "link_checkpoint",
     "record_target",
     "recorded_target",
 ]

@@ -1,17 +1,22 @@
-"""What is added to a store after the fit: a curvature at the weights of one of its checkpoints."""
+"""What is written after the fit: a curvature at the weights of a checkpoint, or a store for a run without callbacks."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+import pickle
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.plugins import DoublePrecision
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
 
-from lightning_influence.artifacts import ArtifactStore, Checkpoint
+from lightning_influence.artifacts import ArtifactStore, Checkpoint, Manifest, ParameterGroup
 from lightning_influence.curvature import (
     CurvatureStatistics,
     TrainingEvidence,
@@ -89,6 +94,120 @@ def add_curvature(
         curvature = chosen.collect(evidence)
     writable = ArtifactStore.resume(known.root, known.manifest, mark=None)
     write_curvature(writable, at, chosen, curvature, evidence, decay)
+
+
+def link_checkpoint(
+    module: LightningModule,
+    store: str | os.PathLike[str],
+    train_loader: Any,
+    checkpoint: str | os.PathLike[str] | Mapping[str, Any] | None = None,
+    *,
+    statistics: CurvatureStatistics | str | None = "ekfac",
+    weight_decay: float = 0.0,
+    parameters: str | Sequence[str] = "all",
+    labels: Labels | None = None,
+    at_most: int | None = None,
+    seed: int = 0,
+    batch_size: int | None = None,
+    per_sample_loss: PerSample | None = None,
+) -> ArtifactStore:
+    """A store for a run that was trained elsewhere, from its weights and its training data: no training is needed. It
+    is what `StageLinker(pretrain=...)` and `InfluenceModule` take. The module is left as it was.
+
+    Args:
+        module: of the architecture that was trained.
+        store: a new or empty folder.
+        train_loader: the data that it was trained on; sample ids are positions in its dataset.
+        checkpoint: a Lightning checkpoint, a file of a state_dict (torch's or safetensors), a state_dict; `None` takes
+            the weights that the module has. Files are read without executing anything.
+        statistics: the curvature to estimate at once; `None` leaves it to `add_curvature`, or to `MatrixFree()`.
+        weight_decay: of the training, as its SGD or Adam had it: the factor of θ in the gradient of the mean loss.
+        parameters, labels, at_most, seed, batch_size, per_sample_loss: as in `CurvatureSnapshot`.
+
+    Returns:
+        The store. Its learning rates are not known: TracIn counts them as 1.
+
+    Raises:
+        StoreError: a folder that is not empty; weights that do not fit the module, or cannot be read.
+        CurvatureError, CaptureError, LossError, UnsupportedError: as from `CurvatureSnapshot`.
+    """
+    data = TrainingData.of(train_loader, forked=True)
+    own = {name: value.detach().clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    try:
+        if checkpoint is not None:
+            _load(module, _weights_of(checkpoint), checkpoint)
+        check = self_check(module, select(module, parameters), _in_precision(data, module), None, per_sample_loss)
+        manifest = Manifest(
+            dataset_length=len(data),
+            dataset_fingerprint=data.fingerprint(),
+            parameters=Manifest.describe(module.named_parameters()),
+            selected=(),
+            mode="replay",
+            shard_size=max(1, len(data)),
+            dtype="float32",
+            module_class=f"{type(module).__module__}.{type(module).__qualname__}",
+            settings={"reduction": check.reduction, "look_ups": []},
+        )
+        made = ArtifactStore.create(store, manifest)
+        names = tuple(name for name, p in module.named_parameters() if p.requires_grad)
+        frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
+        group = ParameterGroup("elsewhere", 0, names, 1.0, 1.0, {"weight_decay": float(weight_decay)})
+        made.commit_checkpoint(Checkpoint(0, 0, 0, (group,)), made.write_weights(0, 0, module.state_dict(), frozen))
+        if statistics is not None:
+            add_curvature(
+                module, made, train_loader, statistics, parameters=parameters, labels=labels, at_most=at_most,
+                seed=seed, batch_size=batch_size, per_sample_loss=per_sample_loss,
+            )  # fmt: skip
+    finally:
+        module.load_state_dict(own, strict=False)
+    return ArtifactStore.open(store)
+
+
+def _weights_of(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state_dict, from wherever it is."""
+    if isinstance(checkpoint, Mapping):
+        found: Any = checkpoint
+    else:
+        path = Path(checkpoint)
+        try:
+            safe = path.suffix == ".safetensors"
+            found = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+            raise StoreError(
+                f"{path} cannot be read as a checkpoint",
+                expected="a Lightning checkpoint, or a state_dict as torch.save or safetensors write it, of tensors "
+                "and plain values alone",
+                found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+                hint="a file with objects in it is not read, since that would execute them: load it yourself and pass "
+                "its state_dict",
+            ) from error
+    inner = found.get("state_dict") if isinstance(found, Mapping) else None
+    found = inner if isinstance(inner, Mapping) else found
+    if not isinstance(found, Mapping) or not any(isinstance(value, Tensor) for value in found.values()):
+        raise StoreError(
+            "this checkpoint holds no weights",
+            expected='a state_dict, or a dictionary with one as "state_dict"',
+            found=type(found).__name__,
+            hint="pass module.state_dict(), or the file that Trainer.save_checkpoint wrote",
+        )
+    return found
+
+
+def _load(module: LightningModule, weights: Mapping[str, Any], checkpoint: object) -> None:
+    """Put the weights into the module, all of its parameters."""
+    where = "the checkpoint" if isinstance(checkpoint, Mapping) else str(checkpoint)
+    try:
+        wrong = [name for name in module.load_state_dict(weights, strict=False).missing_keys]
+        problem = f"nothing for {', '.join(wrong[:5])}" if wrong else None
+    except RuntimeError as error:  # shapes that differ
+        problem = str(error)
+    if problem is not None:
+        raise StoreError(
+            f"the weights in {where} do not fit {type(module).__name__}",
+            expected="all of its parameters and buffers, by its names",
+            found=problem,
+            hint="pass the module that was trained, with its hyper-parameters, or rename the entries of the state_dict",
+        )
 
 
 @dataclass(frozen=True)

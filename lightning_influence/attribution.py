@@ -274,7 +274,7 @@ def score_matrix(stage: Stage, attributor: Attributor, queries: Queries) -> Tens
     Raises:
         QueryError: a score is NaN or infinite; whatever the attributor refuses.
     """
-    length = stage.store.manifest.dataset_length
+    length = attributor.answering(stage)[1].store.manifest.dataset_length
     ids = torch.arange(length) if length < UNBOUNDED else None
     scores: Tensor | None = None
     for block in attributor.score_blocks(stage, queries):
@@ -334,7 +334,7 @@ def removal_effects(stage: Stage, attributor: Attributor, queries: Queries, sets
     Raises:
         QueryError: an attributor whose scores only rank; an id that is no training sample, or twice in a set.
     """
-    length = stage.store.manifest.dataset_length
+    length = attributor.answering(stage)[1].store.manifest.dataset_length
     if not attributor.counterfactual:
         raise QueryError(
             f"the scores of {type(attributor).__name__} rank samples: they are no amounts",

@@ -21,7 +21,7 @@ from lightning_influence.errors import InfluenceError, QueryError
 from lightning_influence.estimators.estimator import Attributor
 from lightning_influence.fitted import check_model, check_training_data, rebuilt
 from lightning_influence.objective import Measurement, PerSample
-from lightning_influence.queries import laid_aside, query_ids, refuse_idle_ranks
+from lightning_influence.queries import QueryGradients, laid_aside, query_ids, refuse_idle_ranks
 from lightning_influence.questions import Questions
 from lightning_influence.streaming import Prepared, TrainingStream, prepare, read_scores
 
@@ -144,15 +144,24 @@ class InfluenceModule(Questions, LightningModule):
         batches = self._read(queries)
         about = self.measurement if isinstance(self.measurement, str) else getattr(self.measurement, "__qualname__", "")
         self._prepared, self._merged = None, None
+        asked = replace(self.stage, stored=False)
+        estimator, stage = self._bilinear("prepare", asked)
+        if stage.module is None:
+            raise QueryError(
+                "pretraining data can stream by only where the pretraining module is",
+                expected="the module that they trained",
+                found="none",
+                hint="pass MultiStage(..., module=pretrained)",
+            )
         self._prepared = prepare(
-            replace(self.stage, stored=False),
-            self._bilinear("prepare"),
+            stage,
+            estimator,
             batches,
-            self._queries,
+            lambda some: self.estimator.asked(asked, self._queries(some)),
             rank=rank,
             dtype=dtype,
             scores_file=None if scores_file is None else Path(scores_file),
-            question=about,
+            question=about if stage.store is self.store else f"{about} {self.estimator!r} {self.store.identity}",
         )
         return self._prepared
 
@@ -225,10 +234,11 @@ class InfluenceModule(Questions, LightningModule):
         """Forget the queries of an earlier epoch; look at the training data that are to stream by."""
         self._asked, self._merged, self._stream = [], None, None
         if self._prepared is not None:
-            check_model(self.user, self.store)
-            self._stream = TrainingStream(
-                self._prepared, self.stage, self.trainer, self._gradients.selection, self._checked_k(None)
-            )
+            stage = self.estimator.answering(replace(self.stage, stored=False))[1]
+            assert stage.module is not None
+            check_model(stage.module, stage.store)
+            selection = QueryGradients(stage, None).selection
+            self._stream = TrainingStream(self._prepared, stage, self.trainer, selection, self._checked_k(None))
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Attribution | Tensor:
         """Note the queries; they are scored together at the end of the epoch. With prepared queries: score the training

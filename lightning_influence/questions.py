@@ -28,6 +28,7 @@ from lightning_influence.errors import QueryError
 from lightning_influence.estimators import InfluenceFunction
 from lightning_influence.estimators.estimator import Attributor, Estimator, Queries, Stage, query_side
 from lightning_influence.estimators.tokens import token_look_ups, token_sequences
+from lightning_influence.mixed import MixedAttribution, mixed_attribution
 from lightning_influence.objective import Measurement, PerSample
 from lightning_influence.queries import (
     Decoders,
@@ -108,19 +109,28 @@ class Questions:
         Raises:
             QueryError: an estimator or gradients without words; ids that the store does not hold.
         """
-        queries, estimator = self._queries([batch]), self._bilinear("words")
+        estimator, stage = self._bilinear("words")
+        queries = self.estimator.asked(self.stage, self._queries([batch]))
         ids = table_of_ids(sample_ids, len(queries))
-        terms = estimator.terms(self.stage)
+        terms = estimator.terms(stage)
         with token_look_ups(self.user) as seen:
-            transformed = query_side(terms, queries, self.stage.projection)
-        found = word_contributions(terms, transformed, self.stage, ids)
+            transformed = query_side(terms, queries, stage.projection)
+        found = word_contributions(terms, transformed, stage, ids)
         texts = {table: token_sequences(seen, len(queries), table) for table in {look_up.table for look_up in seen}}
         tokens = [{table: of_table[q] for table, of_table in texts.items()} for q in range(len(queries))]
         return [[readable(words, tokens[q], decode) for words in row] for q, row in enumerate(found)]
 
     def self_influence(self) -> Tensor:
         """Score of every training sample for its own loss, (N,): high for mislabelled and atypical samples."""
-        return self_influence(self.stage, self._bilinear("self_influence"))
+        if self.answering[1].store is not self.store:
+            raise QueryError(
+                "a pretraining sample has no loss in the finetuning run, so no self-influence through it",
+                expected="an estimator of one run",
+                found=repr(self.estimator),
+                hint="ask the pretraining run itself: InfluenceModule(pretrained, its_store, ...).self_influence()",
+            )
+        estimator, stage = self._bilinear("self_influence")
+        return self_influence(stage, estimator)
 
     # -- of several queries, several samples, or parts of them ------------------------------------------------------
 
@@ -139,6 +149,16 @@ class Questions:
     def group_scores(self, batches: Iterable[Any]) -> Tensor:
         """All scores of many queries together, (N,): the sum of what `scores` says of each, in one pass."""
         return score_matrix(self.stage, self.estimator, self._group(batches))[0]
+
+    def mixed(self, batch: Any, k: int | None = None) -> MixedAttribution:
+        """Proponents and opponents of every query among the samples of all training runs that it goes back through, on
+        one scale, and how much of the query comes from each run.
+
+        Raises:
+            QueryError: an estimator that is no `MultiStage`, or only ranks; a store without the runs' gradients.
+        """
+        wanted = self.k if k is None else k
+        return mixed_attribution(self.stage, self.estimator, self._queries([batch]), wanted)
 
     def predict_removal(self, batch: Any, sample_ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         """Predicted change of each query's m when training samples are removed and the model is trained again.
@@ -168,10 +188,11 @@ class Questions:
         Raises:
             QueryError: no `train_loader`, samples without tokens, an estimator that is not bilinear.
         """
-        queries, estimator = self._queries([batch]), self._bilinear("token_scores")
+        estimator, stage = self._bilinear("token_scores")
+        queries = self.estimator.asked(self.stage, self._queries([batch]))
         ids = table_of_ids(sample_ids, len(queries))
-        terms = estimator.terms(self.stage)
-        return token_scores(self.stage, terms, query_side(terms, queries, self.stage.projection), ids)
+        terms = estimator.terms(stage)
+        return token_scores(stage, terms, query_side(terms, queries, stage.projection), ids)
 
     def measure(self, batch: Any) -> Tensor:
         """The measurement m of each query, (Q,), at the weights that the module has now."""
@@ -238,19 +259,25 @@ class Questions:
 
     # -- inside -----------------------------------------------------------------------------------------------------
 
-    def _bilinear(self, what: str) -> Estimator:
-        if not isinstance(self.estimator, Estimator):
+    @property
+    def answering(self) -> tuple[Attributor, Stage]:
+        """Who scores, and the run whose samples are scored: with `MultiStage` an earlier one than the one asked."""
+        return self.estimator.answering(self.stage)
+
+    def _bilinear(self, what: str, asked: Stage | None = None) -> tuple[Estimator, Stage]:
+        estimator, stage = self.answering if asked is None else self.estimator.answering(asked)
+        if not isinstance(estimator, Estimator):
             raise QueryError(
                 f"{what} needs an estimator of the bilinear family",
                 expected="TracIn, TracInWE, TracInLast, ...",
-                found=type(self.estimator).__name__,
+                found=type(estimator).__name__,
                 hint="baselines only score whole samples",
             )
-        return self.estimator
+        return estimator, stage
 
     def _checked_k(self, k: int | None) -> int:
         k = self.k if k is None else k
-        length = self.store.manifest.dataset_length
+        length = self.answering[1].store.manifest.dataset_length
         if not isinstance(k, Integral) or not 1 <= k <= length:
             raise QueryError(
                 "k does not fit the number of training samples",

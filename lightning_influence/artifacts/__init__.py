@@ -3,6 +3,7 @@
 from lightning_influence.artifacts.manifest import UNBOUNDED, Manifest, ParameterSpec
 from lightning_influence.artifacts.records import Artifact, Checkpoint, ParameterGroup, StepRange
 from lightning_influence.artifacts.shard import Shard
+from lightning_influence.artifacts.stage_link import StageLink
 from lightning_influence.artifacts.store import ArtifactStore
 from lightning_influence.artifacts.writer import BackgroundWriter
 
@@ -16,5 +17,6 @@ __all__ = [
     "ParameterGroup",
     "ParameterSpec",
     "Shard",
+    "StageLink",
     "StepRange",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import threading
 from pathlib import Path
@@ -13,12 +15,13 @@ from lightning_influence.artifacts.disk import free_bytes
 from lightning_influence.artifacts.journal import Journal, ranks
 from lightning_influence.artifacts.json_values import Fields
 from lightning_influence.artifacts.ledger import Ledger, check_coverage, read_ledger
-from lightning_influence.artifacts.manifest import Manifest
+from lightning_influence.artifacts.manifest import MANIFEST, Manifest
 from lightning_influence.artifacts.records import Artifact, Checkpoint, StepRange
 from lightning_influence.artifacts.shard import DYNAMICS, Shard, open_shard
+from lightning_influence.artifacts.stage_link import LINK, StageLink
 from lightning_influence.artifacts.tensor_files import TensorFile
 from lightning_influence.artifacts.verification import problems_of
-from lightning_influence.artifacts.weights import join
+from lightning_influence.artifacts.weights import frozen_files, join
 from lightning_influence.errors import StoreError
 
 
@@ -116,6 +119,43 @@ class StoreReader:
                         hint="take the steps of the store's checkpoints as the ends of the ranges",
                     )
         return tuple(open_shard(self._file(a.path), a, self.manifest.dataset_length) for a in found)
+
+    @property
+    def identity(self) -> str:
+        """What this store is by content, wherever it lies: 64 hex digits over its model, its training set and its last
+        weights. Curvatures and gradients that are added later do not change it.
+
+        Raises:
+            StoreError: there is no checkpoint yet.
+        """
+        checkpoints = self.checkpoints()
+        if not checkpoints:
+            raise self._nothing("final weights", "any step", "let its fit reach a checkpoint")
+        weights = self._one(checkpoints[-1], "weights")
+        held = self._ledger().artifacts
+        files = [weights.sha256, *(held[path].sha256 for path in sorted(frozen_files(weights)) if path in held)]
+        manifest = self.manifest
+        model = {name: [*spec.shape, spec.dtype] for name, spec in manifest.parameters.items()}
+        about = [manifest.dataset_length, manifest.dataset_fingerprint, model, checkpoints[-1].step, files]
+        return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+    @property
+    def link(self) -> StageLink | None:
+        """The pretraining run that this one began from, where a `StageLinker` has said so.
+
+        Raises:
+            StoreError: what it said is damaged.
+        """
+        record = self.manifest.facts.get(LINK)
+        try:
+            return None if record is None else StageLink.from_json(record)
+        except ValueError as error:
+            raise StoreError(
+                f"the link in {self.root / MANIFEST} is damaged",
+                expected="what StageLinker wrote",
+                found=str(error),
+                hint="restore the store from a copy",
+            ) from error
 
     def verify(self) -> list[str]:
         """Every problem of the store, one sentence each, all checksums computed anew; [] if whole."""

@@ -35,6 +35,7 @@ from lightning_influence.artifacts.reader import StoreReader
 from lightning_influence.artifacts.records import Artifact, Checkpoint
 from lightning_influence.artifacts.resume import bring_back
 from lightning_influence.artifacts.shard import SAMPLE_IDS, check_rows
+from lightning_influence.artifacts.stage_link import LINK, StageLink
 from lightning_influence.artifacts.tensor_files import write_tensors
 from lightning_influence.artifacts.weights import FrozenTensors, frozen_files, lay_out, weights_meta
 from lightning_influence.errors import StoreError
@@ -316,6 +317,10 @@ class ArtifactStore(StoreReader):
             manifest = self._manifest.with_fact(key, plain(value, f"the fact {key!r}"))
             write_manifest(self.root, manifest)
             self._manifest = manifest
+
+    def record_link(self, link: StageLink) -> None:
+        """Keep what the run says of the one that it began from; rank zero only."""
+        self.record(LINK, link.to_json())
 
     def _append(self, artifacts: Sequence[Artifact], checkpoints: Sequence[Checkpoint]) -> None:
         rank = self._writer()

@@ -2,5 +2,6 @@
 
 from lightning_influence.callbacks.curvature_snapshot import CurvatureSnapshot
 from lightning_influence.callbacks.gradient_snapshot import GradientSnapshot
+from lightning_influence.callbacks.stage_linker import StageLinker
 
-__all__ = ["CurvatureSnapshot", "GradientSnapshot"]
+__all__ = ["CurvatureSnapshot", "GradientSnapshot", "StageLinker"]

@@ -8,6 +8,7 @@ from lightning_influence.estimators.generalized import (
     SecondOrderInfluenceFunction,
 )
 from lightning_influence.estimators.influence_function import InfluenceFunction
+from lightning_influence.estimators.multi_stage import MultiStage
 from lightning_influence.estimators.nearest import NearestFirst
 from lightning_influence.estimators.similarity import BM25, EmbeddingCosine, Random, TfIdf
 from lightning_influence.estimators.tracin import TracIn, TracInLast
@@ -21,6 +22,7 @@ __all__ = [
     "FreezingInfluenceFunction",
     "GeneralizedInfluenceFunction",
     "InfluenceFunction",
+    "MultiStage",
     "NearestFirst",
     "ProjectedInfluenceFunction",
     "Queries",

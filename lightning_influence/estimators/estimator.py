@@ -46,7 +46,6 @@ class Stage:
         store: its artifacts.
         module: the model, for queries and for estimators that need its layers.
         train_loader: its training data, for attributors that look at the samples themselves.
-        parent: the stage it was finetuned from.
         per_sample_loss: the loss that the fit was given, if any.
         stored: training gradients come from the store; else they are taken as the training data stream by.
     """
@@ -54,7 +53,6 @@ class Stage:
     store: ArtifactStore
     module: LightningModule | None = None
     train_loader: Any = None
-    parent: Stage | None = None
     per_sample_loss: PerSample | None = None
     stored: bool = True
 
@@ -178,6 +176,14 @@ class Attributor(ABC):
     @abstractmethod
     def score_blocks(self, stage: Stage, queries: Queries) -> Iterator[ScoreBlock]:
         """The scores block by block, samples in dataset order within a query, so that memory stays bounded."""
+
+    def answering(self, stage: Stage) -> tuple[Attributor, Stage]:
+        """Who scores, and whose samples: this one and this run, unless queries are handed on to an earlier one."""
+        return self, stage
+
+    def asked(self, stage: Stage, queries: Queries) -> Queries:
+        """The queries as they reach that run."""
+        return queries
 
     def check(self, largest: Tensor, query_ids: Tensor) -> None:  # noqa: B027  (an optional refusal, no obligation)
         """Refuse meaningless answers, after all of them are known and saved.

@@ -1,0 +1,87 @@
+"""StageLink: what a finetuning run's store says of the pretraining run that its weights came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_influence.artifacts.json_values import Fields, Json
+
+LINK = "stage_link"  # its key among the facts of a manifest
+
+
+@dataclass(frozen=True)
+class StageLink:
+    """How a run continues an earlier one.
+
+    Args:
+        parent: content identity of the earlier run's store (`StoreReader.identity`).
+        parent_folder: where that store was, absolute.
+        parent_beside: the same relative to this store: both may have moved together.
+        shared: this run's parameter name -> the earlier run's, for all that began at the earlier run's final weights.
+        frozen: of this run's parameters those that no optimizer moved, whether shared or not.
+        moved_though_frozen: shared parameters that were declared frozen, and have changed all the same.
+        travel: Σ_t η_t/(1 − β) of every parameter that SGD trained, Σ_t η_t of those whose optimizer divides by
+            √v̂+ε: how far training can go; empty until the fit has ended.
+        preconditioned: the latter.
+        optimizers: class names of the optimizers.
+        alpha: α of a penalty α‖W − W*‖² in the finetuning loss, if it has one.
+        converted: shared parameters whose type differs, as "float32 -> bfloat16".
+        other_shapes: parameters of one name and other shapes, such as resized heads; they are not shared.
+        shared_sha256: checksum over the shared weights as this run began.
+        complete: whether the fit reached its end.
+    """
+
+    parent: str
+    parent_folder: str
+    parent_beside: str
+    shared: Mapping[str, str]
+    frozen: tuple[str, ...] = ()
+    moved_though_frozen: tuple[str, ...] = ()
+    travel: Mapping[str, float] = field(default_factory=dict)
+    preconditioned: tuple[str, ...] = ()
+    optimizers: tuple[str, ...] = ()
+    alpha: float | None = None
+    converted: Mapping[str, str] = field(default_factory=dict)
+    other_shapes: tuple[str, ...] = ()
+    shared_sha256: str = ""
+    complete: bool = False
+
+    def to_json(self) -> dict[str, Json]:
+        """As plain JSON."""
+        return {
+            name: dict(value) if isinstance(value, Mapping) else list(value) if isinstance(value, tuple) else value
+            for name, value in vars(self).items()
+        }
+
+    @classmethod
+    def from_json(cls, record: Any) -> StageLink:
+        """The link that `to_json` wrote.
+
+        Raises:
+            ValueError: it did not.
+        """
+        fields = Fields(record)
+
+        def table(name: str) -> dict[str, str]:
+            found = fields.object(name)
+            return {str(key): Fields(found).text(key) for key in found}
+
+        travel = fields.object("travel")
+        return cls(
+            parent=fields.text("parent"),
+            parent_folder=fields.text("parent_folder"),
+            parent_beside=fields.text("parent_beside"),
+            shared=table("shared"),
+            frozen=fields.texts("frozen"),
+            moved_though_frozen=fields.texts("moved_though_frozen"),
+            travel={str(name): Fields(travel).number(name) for name in travel},
+            preconditioned=fields.texts("preconditioned"),
+            optimizers=fields.texts("optimizers"),
+            alpha=None if fields.record.get("alpha") is None else fields.number("alpha"),
+            converted=table("converted"),
+            other_shapes=fields.texts("other_shapes"),
+            shared_sha256=fields.text("shared_sha256"),
+            complete=bool(fields.record.get("complete")),
+        )

@@ -1,0 +1,310 @@
+"""StageLinker: the callback that ties a finetuning run to the pretraining run whose weights it begins from."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+
+from lightning_influence.artifacts import ArtifactStore, Checkpoint, StageLink
+from lightning_influence.callbacks.arguments import callable_or_none, folder_or_none, names
+from lightning_influence.callbacks.checkpointing import commit_checkpoint, write_checkpoint
+from lightning_influence.callbacks.curvature_snapshot import CurvatureSnapshot
+from lightning_influence.callbacks.gradient_snapshot import GradientSnapshot
+from lightning_influence.callbacks.opening import curvature_manifest, open_store, training_data
+from lightning_influence.callbacks.optimizer_record import OptimizerRecord, denominators
+from lightning_influence.callbacks.trainer_support import refuse_strategy, shared_folder
+from lightning_influence.errors import StoreError
+from lightning_influence.gradients import select
+from lightning_influence.objective import PerSample
+from lightning_influence.self_check import self_check
+from lightning_influence.stages import SharedNames, ancestors, checksum, compared, matched, travelled
+
+
+class StageLinker(Callback):
+    """In a finetuning run: say which weights came from which pretraining run, and what became of them, for `MultiStage`
+    influence afterwards (Chen et al. 2020, 2007.09081).
+
+    Before the first step the shared weights must equal the last ones in the pretraining run's store; at the end of the
+    fit is written which of them stayed frozen and which were tuned, and how far the optimizers can have gone: η·K, from
+    which the default proximity follows. Training is bit-identical with and without it. With a `CurvatureSnapshot` or
+    `GradientSnapshot` into the same folder it shares their store; alone it keeps the final weights in its own.
+
+    Args:
+        store: folder of the finetuning run's artifacts; `None` is `influence` below the Trainer's log directory.
+        pretrain: folder of the pretraining run's store (`link_checkpoint` makes one of a run without callbacks).
+        shared: `None` takes all parameters of one name and shape; otherwise from the pretraining run's names to this
+            run's: `{"encoder.*": "backbone.encoder.*"}`, or name by name.
+        fresh: globs over this run's names: parameters that begin anew although name and shape are alike (`"head.*"`).
+        proximity: α of a penalty α‖W − W*‖² that the finetuning loss really has; `None` if it has none.
+        dataloader: the training data, where they are not the Trainer's.
+        per_sample_loss: (module, batch) -> (N,), as in `GradientSnapshot`; of no use beside one.
+
+    Raises:
+        StoreError: before the first step: no such store, one without weights, a circle of links, names that are none,
+            nothing shared, shared weights that are others than those of the pretraining run.
+    """
+
+    def __init__(
+        self,
+        store: str | Path | None = None,
+        *,
+        pretrain: str | Path,
+        shared: SharedNames = None,
+        fresh: str | Sequence[str] = (),
+        proximity: float | None = None,
+        dataloader: Any = None,
+        per_sample_loss: PerSample | None = None,
+    ) -> None:
+        folder_or_none("store", store)
+        folder_or_none("pretrain", pretrain)
+        self.store, self.pretrain, self.shared = store, pretrain, None if shared is None else dict(shared)
+        given = names("fresh", fresh) if fresh else ()
+        self.fresh = (given,) if isinstance(given, str) else given
+        self.proximity = _checked_proximity(proximity)
+        self.dataloader, self.per_sample_loss = dataloader, callable_or_none("per_sample_loss", per_sample_loss)
+        self._rates, self._seen, self._resumed_root = OptimizerRecord(), 0, None
+        self._fitted: weakref.ref[Trainer] | None = None
+        self._host: GradientSnapshot | CurvatureSnapshot | None = None
+        self._own: ArtifactStore | None = None
+        self._earlier: ArtifactStore | None = None
+        self._begun = False
+
+    @property
+    def state_key(self) -> str:
+        """One state for each setting."""
+        return self._generate_state_key(
+            store=None if self.store is None else str(self.store), pretrain=str(self.pretrain), shared=self.shared
+        )
+
+    @property
+    def artifacts(self) -> ArtifactStore:
+        """The store being written; known from the first training batch on."""
+        found = self._own if self._host is None else self._host.artifacts
+        if found is None:
+            raise StoreError(
+                "the store is not open",
+                expected="a fit that has begun",
+                found="no training batch yet",
+                hint="it is opened when the first training batch starts",
+            )
+        return found
+
+    # -- the beginning of a fit -------------------------------------------------------------------------------------
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Find both folders, and refuse a pretraining run that cannot be one."""
+        if stage != "fit":
+            return
+        refuse_strategy(trainer)
+        again = self._fitted is not None and self._fitted() is trainer and trainer.global_step > 0
+        if not again:
+            self._seen, self._own, self._rates = 0, None, OptimizerRecord()
+        self._fitted, self._begun = weakref.ref(trainer), False
+        self._root = shared_folder(trainer, self.store)
+        if self.store is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            self.store = self._root
+        self._earlier = _pretraining(self.pretrain, self._root)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Find who keeps the store: a snapshot into the same folder, or nobody else."""
+        mine = self._root.expanduser().resolve()
+        self._host = None
+        for kind in (GradientSnapshot, CurvatureSnapshot):
+            for other in trainer.callbacks:  # type: ignore[attr-defined]
+                found = isinstance(other, kind) and shared_folder(trainer, other.store).expanduser().resolve() == mine
+                if found and self._host is None:
+                    self._host = other
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Before the first step: hold the shared weights against the pretraining run's."""
+        if not self._begun:
+            self._begin(trainer, pl_module)
+
+    def _begin(self, trainer: Trainer, module: LightningModule) -> None:
+        assert self._earlier is not None
+        store = self._opened(trainer, module)
+        match = matched(module, self._earlier, self.shared, self.fresh)
+        known, identity = store.link, self._earlier.identity
+        if known is None:
+            converted = compared(module, match.shared, self._earlier)
+            root = self._earlier.root
+            link = StageLink(
+                parent=identity,
+                parent_folder=str(root),
+                parent_beside=Path(os.path.relpath(root, store.root)).as_posix(),
+                shared=match.shared,
+                frozen=tuple(_still(module, trainer)),
+                alpha=self.proximity,
+                converted=converted,
+                other_shapes=match.other_shapes,
+                shared_sha256=checksum(module, match.shared),
+            )
+            if trainer.is_global_zero:
+                store.record_link(link)
+            rank_zero_info(
+                f"StageLinker: {len(match.shared)} of {sum(1 for _ in module.parameters())} parameters begin at the "
+                f"weights of {root}" + (f", {len(converted)} of them converted" if converted else "")
+            )
+        elif (known.parent, dict(known.shared)) != (identity, dict(match.shared)):
+            raise StoreError(
+                f"the store at {store.root} is linked otherwise already",
+                expected=f"the pretraining run {known.parent[:12]} in {known.parent_folder}, and the names there",
+                found=f"the run {identity[:12]} in {self._earlier.root}, {len(match.shared)} shared parameters",
+                hint="resume with the StageLinker of the first run, or give this one another folder",
+            )
+        trainer.strategy.barrier("influence-link")
+        self._begun = True
+
+    def _opened(self, trainer: Trainer, module: LightningModule) -> ArtifactStore:
+        """The store of the snapshot that shares the folder, or one of its own."""
+        if self._host is not None:
+            return self._host.opened(trainer, module)
+        if self._own is None:
+            if self.store is None and self._resumed_root is not None:
+                self._root = Path(self._resumed_root)  # the log folder of a resumed run is a new one
+            data = training_data(trainer, self.dataloader, "replay", ids_known=False)
+            selection = select(module, "all")
+            check = self_check(module, selection, data, trainer, self.per_sample_loss)
+            manifest = curvature_manifest(trainer, module, data, selection, check.reduction)
+            self._own = open_store(trainer, self._root, manifest, recorded=None if self._seen == 0 else self._seen)
+            known = self._own.checkpoints()
+            if known and known[-1].step == trainer.global_step:
+                self._rates.restart()  # resumed from a state that was saved just before this checkpoint was
+        return self._own
+
+    # -- during training --------------------------------------------------------------------------------------------
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        """Read the learning rate that this very step uses."""
+        self._rates.before_step(trainer, optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the batch and its step."""
+        self._seen += 1
+        self._rates.settle(trainer)
+
+    # -- the end ----------------------------------------------------------------------------------------------------
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Keep the final weights, and say what became of the shared ones."""
+        if not self._begun:
+            return  # there was nothing to train
+        store = self.artifacts
+        self._checkpoint(trainer, pl_module)
+        link = store.link
+        assert link is not None and self._earlier is not None
+        still, moved = set(_still(pl_module, trainer)), self._moved(pl_module, link)
+        declared = still & set(link.frozen)
+        wrong = tuple(name for name in link.shared if name in moved and name in declared)
+        scales = denominators(trainer.optimizers, pl_module)
+        summed = store.manifest.settings.get("reduction") == "sum"
+        size = int(getattr(trainer.train_dataloader, "batch_size", None) or 1) if summed else 1
+        if trainer.is_global_zero:
+            store.record_link(
+                replace(
+                    link,
+                    frozen=tuple(
+                        name for name, _ in pl_module.named_parameters() if name in still and name not in moved
+                    ),
+                    moved_though_frozen=wrong,
+                    travel=travelled(store.checkpoints(), set(scales), size),
+                    preconditioned=tuple(scales),
+                    optimizers=tuple(type(optimizer).__name__ for optimizer in trainer.optimizers),
+                    complete=True,
+                )
+            )
+        trainer.strategy.barrier("influence-link")
+        if wrong:
+            rank_zero_warn(
+                f"{', '.join(wrong[:5])} moved though declared frozen: MultiStage will refuse this store. HINT: look "
+                "for what writes into them: a hook, weight averaging, an exponential moving average."
+            )
+
+    def _checkpoint(self, trainer: Trainer, module: LightningModule) -> Checkpoint:
+        """The final weights, in the store."""
+        if self._host is not None:
+            return self._host.checkpoint_now(trainer, module, trainer.current_epoch)
+        store = self.artifacts
+        if not any(c.step == trainer.global_step for c in store.checkpoints()):
+            made = write_checkpoint(store, trainer, module, self._rates, epoch=trainer.current_epoch, mark=self._seen)
+            commit_checkpoint(store, trainer, self._rates, *made)
+        return store.checkpoints()[-1]
+
+    def _moved(self, module: LightningModule, link: StageLink) -> set[str]:
+        """Shared parameters that are no longer what they began as."""
+        assert self._earlier is not None
+        weights = self._earlier.weights(self._earlier.checkpoints()[-1])
+        return {
+            name
+            for name, p in module.named_parameters()
+            if name in link.shared and not bool((weights[link.shared[name]].to(p.dtype) == p.detach().cpu()).all())
+        }
+
+    # -- saving -----------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Batches seen, rates, and where the store is."""
+        return {
+            "batches": self._seen,
+            "rates": self._rates.state_dict(),
+            "root": str(self.artifacts.root) if self._begun else None,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on where the Lightning checkpoint was written."""
+        self._seen, self._resumed_root = int(state_dict["batches"]), state_dict["root"]
+        self._rates.load_state_dict(state_dict["rates"])
+
+
+def _still(module: LightningModule, trainer: Trainer) -> list[str]:
+    """Parameters that nothing trains now: without gradients, or in no optimizer."""
+    trained = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+    return [name for name, p in module.named_parameters() if not p.requires_grad or id(p) not in trained]
+
+
+def _pretraining(folder: str | Path, own: Path) -> ArtifactStore:
+    """The store of the pretraining run.
+
+    Raises:
+        StoreError: it has no weights; this run comes before it.
+    """
+    earlier = ArtifactStore.open(folder)
+    if not earlier.checkpoints():
+        raise StoreError(
+            f"the pretraining run in {earlier.root} left no weights",
+            expected="a fit that reached a checkpoint",
+            found="a store without any",
+            hint="let that fit reach its end with a CurvatureSnapshot or GradientSnapshot, or make a store of its "
+            "checkpoint with link_checkpoint(...)",
+        )
+    here = own.expanduser().resolve()
+    if any(store.root == here for store in ancestors(earlier)):
+        raise StoreError(
+            f"{here} would come before itself",
+            expected="a new folder for this run",
+            found=f"the folder of this run among those before {earlier.root}",
+            hint="give StageLinker(store=...) a folder of its own",
+        )
+    return earlier
+
+
+def _checked_proximity(proximity: float | None) -> float | None:
+    if proximity is None:
+        return None
+    if isinstance(proximity, bool) or not isinstance(proximity, (int, float)) or not 0 < proximity < 1e300:
+        raise StoreError(
+            "this is no proximity",
+            expected="α of the penalty α‖W − W*‖² in the finetuning loss, a positive number, or None",
+            found=repr(proximity),
+            hint="leave proximity out where the loss has no such penalty",
+        )
+    return float(proximity)

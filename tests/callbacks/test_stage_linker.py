@@ -1,0 +1,448 @@
+"""StageLinker in real fits: what it checks, what it records, what it leaves alone, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_influence import (
+    ArtifactStore,
+    CurvatureSnapshot,
+    GradientSnapshot,
+    InfluenceFunction,
+    InfluenceModule,
+    MatrixFree,
+    MultiStage,
+    Proximity,
+    QueryError,
+    SmallProximity,
+    StageLinker,
+    StoreError,
+    TracIn,
+    UnsupportedError,
+)
+from tests.callbacks.fits import WARNINGS
+from tests.two_stages import Network, data
+
+pytestmark = [
+    *(pytest.mark.filterwarnings(w) for w in WARNINGS),
+    pytest.mark.filterwarnings("ignore:The model was far from a stationary point"),
+]
+PRE, FINE, ASKED = data(20, 3, 0), data(16, 2, 1), data(4, 2, 2)
+ENCODER = ("encoder.0.weight", "encoder.0.bias")
+
+
+class Finetuned(Network):
+    """The network with an optimizer of choice, over what requires gradients."""
+
+    def __init__(self, classes: int = 2, optimizer: str = "sgd", frozen: bool = False) -> None:
+        super().__init__(classes)
+        self.kind = optimizer
+        if frozen:
+            self.encoder.requires_grad_(False)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        trained = [p for p in self.parameters() if p.requires_grad]
+        if self.kind == "adam":
+            return torch.optim.Adam(trained, lr=0.01)
+        if self.kind == "lbfgs":
+            return torch.optim.LBFGS(trained, lr=0.1)
+        return torch.optim.SGD(trained, lr=0.1, momentum=0.5, weight_decay=0.01)
+
+
+def loader(dataset: Any, batch_size: int = 4) -> DataLoader[Any]:
+    return DataLoader(dataset, batch_size=batch_size, shuffle=True, generator=torch.Generator().manual_seed(0))
+
+
+def fit(root: Path, module: Any, dataset: Any, *callbacks: Callback, epochs: int = 2, **options: Any) -> Trainer:
+    settings = {"logger": False, "enable_checkpointing": False, **options}
+    ckpt_path = settings.pop("ckpt_path", None)
+    trainer = Trainer(
+        default_root_dir=root, max_epochs=epochs, accelerator="cpu", enable_progress_bar=False,
+        enable_model_summary=False, callbacks=list(callbacks), **settings,
+    )  # fmt: skip
+    trainer.fit(module, loader(dataset), ckpt_path=ckpt_path)
+    return trainer
+
+
+@pytest.fixture(scope="module")
+def pretraining(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network]:
+    """A pretraining run with gradients and curvature."""
+    root = tmp_path_factory.mktemp("pretraining")
+    seed_everything(0, verbose=False)
+    module = Network(3).double()
+    fit(root, module, PRE, GradientSnapshot(root / "pre", "all"), CurvatureSnapshot(root / "pre"))
+    return root / "pre", module
+
+
+def begun(pretrained: Network, **options: Any) -> Finetuned:
+    """A module to finetune, with the encoder of the pretrained one."""
+    seed_everything(1, verbose=False)
+    module = Finetuned(**options).double()
+    module.encoder.load_state_dict(pretrained.encoder.state_dict())
+    return module
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("beside", ["alone", "curvature", "gradients"])
+def test_the_link_says_what_became_of_the_shared_weights(tmp_path, pretraining, frozen, beside):
+    folder, pretrained = pretraining
+    module = begun(pretrained, frozen=frozen)
+    others = {
+        "alone": [],
+        "curvature": [CurvatureSnapshot(tmp_path / "fine")],
+        "gradients": [GradientSnapshot(tmp_path / "fine", "all"), CurvatureSnapshot(tmp_path / "fine")],
+    }[beside]
+    fit(tmp_path, module, FINE, StageLinker(tmp_path / "fine", pretrain=folder), *others)
+    store = ArtifactStore.open(tmp_path / "fine")
+    link = store.link
+    assert link is not None and link.complete
+    assert link.parent == ArtifactStore.open(folder).identity
+    assert dict(link.shared) == {name: name for name in ENCODER}
+    assert link.other_shapes == ("head.weight", "head.bias")  # resized: not shared
+    assert link.frozen == (ENCODER if frozen else ())
+    steps, rate = 2 * 4, 0.1
+    trained = [name for name, _ in module.named_parameters() if not (frozen and name in ENCODER)]
+    assert link.travel == pytest.approx(dict.fromkeys(trained, steps * rate / (1 - 0.5)))
+    assert link.optimizers == ("SGD",) and link.preconditioned == ()
+    assert store.verify() == []
+    weights = store.weights(store.checkpoints()[-1])
+    assert all(torch.equal(weights[name], p) for name, p in module.named_parameters())
+
+
+def test_adam_says_its_denominators(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    module = begun(pretrained, optimizer="adam")
+    fit(tmp_path, module, FINE, StageLinker(tmp_path / "fine", pretrain=folder), CurvatureSnapshot(tmp_path / "fine"))
+    store = ArtifactStore.open(tmp_path / "fine")
+    link = store.link
+    assert link is not None and set(link.preconditioned) == {name for name, _ in module.named_parameters()}
+    assert link.travel == pytest.approx(dict.fromkeys(link.travel, 8 * 0.01))
+    influence = InfluenceModule(module, store, MultiStage(InfluenceFunction("ekfac")))
+    assert bool(influence.scores(ASKED.tensors).isfinite().all())
+    problem = influence.estimator.problem(influence.stage)
+    scale = store.preconditioner(store.checkpoints()[-1])[ENCODER[0]]
+    torch.testing.assert_close(problem.held[ENCODER[0]], scale / 0.08)
+
+
+def test_training_is_bit_identical_with_and_without(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    ends = []
+    for callbacks in ([], [StageLinker(tmp_path / "a", pretrain=folder)],
+                      [StageLinker(tmp_path / "b", pretrain=folder), CurvatureSnapshot(tmp_path / "b")]):  # fmt: skip
+        module = begun(pretrained)
+        fit(tmp_path, module, FINE, *callbacks)
+        ends.append(
+            {name: p.detach().clone() for name, p in module.state_dict().items()} | {"rng": torch.get_rng_state()}
+        )
+    for other in ends[1:]:
+        assert all(torch.equal(ends[0][name], other[name]) for name in ends[0])
+
+
+def test_a_resumed_fit_has_the_link_of_one_that_was_not_interrupted(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    whole = begun(pretrained)
+    fit(tmp_path / "w", whole, FINE, StageLinker(tmp_path / "whole", pretrain=folder), epochs=3)
+    module = begun(pretrained)
+    saver = ModelCheckpoint(tmp_path / "ckpt", save_last=True, save_on_train_epoch_end=True)
+    linker = StageLinker(tmp_path / "fine", pretrain=folder)
+    fit(tmp_path / "r", module, FINE, linker, saver, epochs=1, enable_checkpointing=True)
+    again = begun(pretrained)
+    linker = StageLinker(tmp_path / "fine", pretrain=folder)
+    saver = ModelCheckpoint(tmp_path / "ckpt", save_last=True, save_on_train_epoch_end=True)
+    last = tmp_path / "ckpt" / "last.ckpt"
+    fit(tmp_path / "r", again, FINE, linker, saver, epochs=3, enable_checkpointing=True, ckpt_path=last)
+    one, other = (ArtifactStore.open(tmp_path / name).link for name in ("whole", "fine"))
+    assert one is not None and other is not None and other.complete
+    assert one.travel == pytest.approx(other.travel)
+    assert (one.shared, one.frozen, one.shared_sha256) == (other.shared, other.frozen, other.shared_sha256)
+
+
+def test_weights_in_another_type_are_converted_and_recorded(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    module = begun(pretrained).float()
+    float_data = torch.utils.data.TensorDataset(FINE.tensors[0].float(), FINE.tensors[1])
+    fit(tmp_path, module, float_data, StageLinker(tmp_path / "fine", pretrain=folder))
+    link = ArtifactStore.open(tmp_path / "fine").link
+    assert link is not None and dict(link.converted) == dict.fromkeys(ENCODER, "float64 -> float32")
+
+
+class Wrapped(Finetuned):
+    """The encoder under another name, an adapter on its frozen weights, and a layer tied to another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.ModuleDict({"encoder": self.encoder})
+        self.adapter = nn.Linear(4, 4, bias=False)
+        self.twin = self.adapter
+        del self.encoder
+        self.backbone.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.backbone["encoder"](x)
+        return self.head(h + self.twin(self.adapter(h)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "shared",
+    [
+        {"encoder.*": "backbone.encoder.*"},
+        {"encoder.0.weight": "backbone.encoder.0.weight", "encoder.0.bias": "backbone.encoder.0.bias"},
+    ],
+    ids=["star", "by name"],
+)
+def test_names_may_differ_and_additions_are_new_parameters(tmp_path, pretraining, shared):
+    folder, pretrained = pretraining
+    seed_everything(1, verbose=False)
+    module = Wrapped().double()
+    module.backbone["encoder"].load_state_dict(pretrained.encoder.state_dict())
+    fit(tmp_path, module, FINE, StageLinker(tmp_path / "fine", pretrain=folder, shared=shared))
+    link = ArtifactStore.open(tmp_path / "fine").link
+    assert link is not None and dict(link.shared) == {f"backbone.{name}": name for name in ENCODER}
+    assert set(link.travel) == {"adapter.weight", "head.weight", "head.bias"}
+    method = MultiStage(InfluenceFunction("ekfac"), finetuned=InfluenceFunction(MatrixFree("ggn"), damping=0.1))
+    influence = InfluenceModule(module, tmp_path / "fine", method, train_loader=DataLoader(FINE, 4))
+    assert influence.scores(ASKED.tensors).shape == (4, 20)
+
+
+class Thawing(BaseFinetuning):
+    """Lightning's own way to freeze a backbone first."""
+
+    def freeze_before_training(self, pl_module: Any) -> None:
+        self.freeze(pl_module.encoder)
+
+    def finetune_function(self, pl_module: Any, epoch: int, optimizer: Any) -> None:
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.encoder, optimizer, lr=0.05)
+
+
+def test_what_is_thawed_on_the_way_counts_as_tuned(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    module = begun(pretrained)
+    fit(tmp_path, module, FINE, Thawing(), StageLinker(tmp_path / "fine", pretrain=folder))
+    link = ArtifactStore.open(tmp_path / "fine").link
+    assert link is not None and link.frozen == () and link.moved_though_frozen == ()
+    assert link.travel[ENCODER[0]] == pytest.approx(4 * 0.05 / (1 - 0.5))  # the rate of its own group, for one epoch
+
+
+# -- from a real pair of runs to answers ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory, pretraining: Any) -> tuple[Path, Finetuned]:
+    """Both stores in one folder, and the finetuned module."""
+    root = tmp_path_factory.mktemp("pair")
+    shutil.copytree(pretraining[0], root / "pre")
+    module = begun(pretraining[1])
+    snapshots = GradientSnapshot(root / "fine", "all"), CurvatureSnapshot(root / "fine")
+    fit(root, module, FINE, StageLinker(root / "fine", pretrain=root / "pre"), *snapshots)
+    return root, module
+
+
+def test_predict_answers_with_pretraining_samples(pair):
+    root, module = pair
+    influence = InfluenceModule(module, root / "fine", MultiStage(InfluenceFunction("ekfac")), k=3)
+    trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", enable_checkpointing=False)
+    trainer.predict(influence, DataLoader(ASKED, 2))
+    scores = influence.scores(ASKED.tensors)
+    assert scores.shape == (4, 20)
+    best = scores.topk(3, dim=1)
+    torch.testing.assert_close(influence.attribution.proponents.scores, best.values)
+    assert torch.equal(influence.attribution.proponents.sample_ids, best.indices)
+    removed = influence.predict_removal(ASKED.tensors, [0, 5, 19])
+    torch.testing.assert_close(removed, scores[:, [0, 5, 19]].double().sum(1) / 20)
+
+
+def test_streamed_pretraining_data_have_the_scores_of_stored_gradients(pair, pretraining):
+    root, module = pair
+    stored = InfluenceModule(module, root / "fine", MultiStage(InfluenceFunction("ekfac"))).scores(ASKED.tensors)
+    method = MultiStage(InfluenceFunction("ekfac"), module=copy.deepcopy(pretraining[1]))
+    influence = InfluenceModule(module, root / "fine", method, k=20)
+    influence.prepare([ASKED.tensors])
+    trainer = Trainer(logger=False, enable_progress_bar=False, accelerator="cpu", enable_checkpointing=False)
+    trainer.predict(influence, DataLoader(PRE, 4))
+    found = influence.attribution.proponents
+    torch.testing.assert_close(torch.zeros_like(stored).scatter(1, found.sample_ids, found.scores), stored)
+
+
+def test_mixed_attribution_ranks_both_runs_on_one_scale(pair):
+    root, module = pair
+    influence = InfluenceModule(module, root / "fine", MultiStage(InfluenceFunction("ekfac"), Proximity(0.1)))
+    mixed = influence.mixed(ASKED.tensors, k=4)
+    pre = influence.scores(ASKED.tensors) / 20
+    torch.testing.assert_close(mixed.pretraining.proponents.scores, pre.topk(4, dim=1).values)
+    torch.testing.assert_close(mixed.amounts[:, 1], pre.abs().double().sum(1))
+    # the finetuning samples, held to the start by 2α: the same as a plain influence function of that curvature
+    problem = influence.estimator.problem(influence.stage)
+    plain = InfluenceModule(module, root / "fine", _Decayed({name: 0.2 for name in ENCODER}))
+    fine = plain.scores(ASKED.tensors) / 16
+    torch.testing.assert_close(mixed.finetuning.proponents.scores, fine.topk(4, dim=1).values)
+    torch.testing.assert_close(mixed.shares.sum(1), torch.ones(4, dtype=torch.float64))
+    assert problem.held == dict.fromkeys(ENCODER, 0.2)
+
+
+class _Decayed(InfluenceFunction):
+    """EK-FAC with a number added to the diagonal of some parameters."""
+
+    def __init__(self, more: dict[str, float]) -> None:
+        super().__init__("ekfac")
+        self._more = more
+
+    def recorded(self, stage: Any) -> Any:
+        from dataclasses import replace
+
+        found = super().recorded(stage)
+        return replace(found, curvature=found.curvature.decayed(self._more))
+
+
+def test_tracin_inside_ranks_and_tells_no_amounts(pair):
+    root, module = pair
+    influence = InfluenceModule(module, root / "fine", MultiStage(TracIn(), SmallProximity()))
+    assert influence.query(ASKED.tensors, k=3).proponents.sample_ids.shape == (4, 3)
+    with pytest.raises(QueryError, match="rank samples"):
+        influence.predict_removal(ASKED.tensors, [0])
+    with pytest.raises(QueryError, match="only rank"):
+        influence.mixed(ASKED.tensors)
+
+
+def test_both_folders_may_move_together_and_one_may_not(pair, tmp_path):
+    root, module = pair
+    shutil.copytree(root, tmp_path / "elsewhere")
+    expected = InfluenceModule(module, root / "fine", MultiStage(InfluenceFunction("ekfac"))).scores(ASKED.tensors)
+    found = InfluenceModule(module, tmp_path / "elsewhere" / "fine", MultiStage(InfluenceFunction("ekfac")))
+    assert torch.equal(found.scores(ASKED.tensors), expected)
+    assert found.estimator.parent(found.stage).store.root == tmp_path / "elsewhere" / "pre"
+
+
+def test_a_parent_that_is_gone_or_another_is_refused(pair, tmp_path):
+    root, module = pair
+    shutil.copytree(root / "fine", tmp_path / "alone" / "fine")
+    link = ArtifactStore.open(tmp_path / "alone" / "fine").link
+    assert link is not None
+    shutil.copytree(root / "pre", tmp_path / "pre")
+    moved = MultiStage(InfluenceFunction("ekfac"), store=tmp_path / "pre")
+    InfluenceModule(module, tmp_path / "alone" / "fine", moved).scores(ASKED.tensors)
+    other = MultiStage(InfluenceFunction("ekfac"), store=root / "fine")
+    with pytest.raises(StoreError, match="is not there") as refused:
+        InfluenceModule(module, tmp_path / "alone" / "fine", other).scores(ASKED.tensors)
+    assert "another store" in str(refused.value)
+    with pytest.raises(StoreError, match="linked to no earlier run"):
+        InfluenceModule(Network(3).double(), root / "pre", MultiStage(InfluenceFunction())).scores(ASKED.tensors)
+
+
+def test_frozen_parameters_need_the_finetuning_data_or_leave_to_ignore_them(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    module = begun(pretrained, frozen=True)
+    fit(tmp_path, module, FINE, StageLinker(tmp_path / "fine", pretrain=folder), CurvatureSnapshot(tmp_path / "fine"))
+    with pytest.raises(QueryError, match="ignore_cross_terms=True"):
+        InfluenceModule(module, tmp_path / "fine", MultiStage(InfluenceFunction("ekfac"))).scores(ASKED.tensors)
+    ignoring = MultiStage(InfluenceFunction("ekfac"), ignore_cross_terms=True)
+    without = InfluenceModule(module, tmp_path / "fine", ignoring).scores(ASKED.tensors)
+    method, fine = MultiStage(InfluenceFunction("ekfac")), DataLoader(FINE, 4)
+    whole = InfluenceModule(module, tmp_path / "fine", method, train_loader=fine).scores(ASKED.tensors)
+    assert not torch.allclose(without, whole)
+    assert all(p.requires_grad != name.startswith("encoder") for name, p in module.named_parameters())
+
+
+# -- refusals -------------------------------------------------------------------------------------------------------
+
+
+def test_other_weights_than_the_pretraining_runs_are_refused_before_the_first_step(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    module = begun(pretrained)
+    with torch.no_grad():
+        module.encoder[0].bias.add_(1e-3)
+    before = copy.deepcopy(module.state_dict())
+    with pytest.raises(StoreError, match="shared parameters are not those") as refused:
+        fit(tmp_path, module, FINE, StageLinker(tmp_path / "fine", pretrain=folder))
+    assert "encoder.0.bias" in str(refused.value) and "HINT" in str(refused.value)
+    assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_a_head_of_the_same_shape_is_new_where_it_is_said_so(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    module = begun(pretrained, classes=3)
+    three = data(12, 3, 5)
+    with pytest.raises(StoreError, match="fresh"):
+        fit(tmp_path, copy.deepcopy(module), three, StageLinker(tmp_path / "a", pretrain=folder))
+    fit(tmp_path, module, three, StageLinker(tmp_path / "b", pretrain=folder, fresh="head.*"))
+    link = ArtifactStore.open(tmp_path / "b").link
+    assert link is not None and set(link.shared) == set(ENCODER)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"shared": {"body.*": "encoder.*"}}, "the earlier run has no parameter 'body"),
+        ({"shared": {"encoder.*": "body.*"}}, "this run has no parameter 'body.0."),
+        ({"shared": {"head.weight": "head.weight"}}, "another shape"),
+        ({"shared": {"encoder.*": "encoder"}}, "one star"),
+        ({"fresh": "tail.*"}, "no parameter here"),
+    ],
+)
+def test_names_that_are_none_are_refused(tmp_path, pretraining, settings, message):
+    folder, pretrained = pretraining
+    with pytest.raises(StoreError, match=message.replace("*", r"\*")):
+        fit(tmp_path, begun(pretrained), FINE, StageLinker(tmp_path / "fine", pretrain=folder, **settings))
+
+
+def test_stores_that_cannot_come_before_are_refused(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    with pytest.raises(StoreError, match="no artifact store"):
+        fit(tmp_path, begun(pretrained), FINE, StageLinker(tmp_path / "fine", pretrain=tmp_path / "nothing"))
+    with pytest.raises(StoreError, match="before itself"):
+        fit(tmp_path, begun(pretrained), FINE, StageLinker(folder, pretrain=folder))
+    with pytest.raises(UnsupportedError, match="pretrain must be a folder"):
+        StageLinker(tmp_path / "fine", pretrain=3)  # type: ignore[arg-type]
+    with pytest.raises(StoreError, match="proximity"):
+        StageLinker(tmp_path / "fine", pretrain=folder, proximity=-1.0)
+
+
+class Writing(Callback):
+    """Writes into frozen weights, as an exponential moving average might."""
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        with torch.no_grad():
+            pl_module.encoder[0].bias.add_(0.1)
+
+
+def test_weights_that_moved_though_frozen_are_told_and_refused_later(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    module = begun(pretrained, frozen=True)
+    with pytest.warns(UserWarning, match="moved though declared frozen"):
+        fit(tmp_path, module, FINE, Writing(), StageLinker(tmp_path / "fine", pretrain=folder))
+    with pytest.raises(StoreError, match="moved though they were declared frozen"):
+        InfluenceModule(module, tmp_path / "fine", MultiStage(InfluenceFunction("ekfac"))).scores(ASKED.tensors)
+
+
+def test_an_optimizer_that_does_not_say_how_far_it_went_asks_for_the_proximity(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    module = begun(pretrained, optimizer="lbfgs")
+    fit(tmp_path, module, FINE, StageLinker(tmp_path / "fine", pretrain=folder), CurvatureSnapshot(tmp_path / "fine"))
+    with pytest.raises(QueryError, match=r"Proximity\(alpha\)"):
+        InfluenceModule(module, tmp_path / "fine", MultiStage(InfluenceFunction("ekfac"))).scores(ASKED.tensors)
+    told = MultiStage(InfluenceFunction("ekfac"), Proximity(0.1))
+    InfluenceModule(module, tmp_path / "fine", told).scores(ASKED.tensors)
+
+
+def test_a_fit_that_was_interrupted_has_no_finished_link(tmp_path, pretraining):
+    folder, pretrained = pretraining
+
+    class Stopping(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            raise RuntimeError("power cut")
+
+    module = begun(pretrained)
+    with pytest.raises(RuntimeError, match="power cut"):
+        fit(tmp_path, module, FINE, Stopping(), StageLinker(tmp_path / "fine", pretrain=folder))
+    with pytest.raises(StoreError, match="did not reach its end"):
+        InfluenceModule(module, tmp_path / "fine", MultiStage(InfluenceFunction("ekfac")))._checked_k(None)
