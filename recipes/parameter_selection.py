@@ -49,7 +49,7 @@ def rows_of(config: DictConfig, images: ImageSplits, seed: int) -> list[Row]:
 
     def add(name: str, share: float, target: TargetParameters) -> None:
         method = GeneralizedInfluenceFunction(
-            target, damping=solving.damping, solver=Solver("minres", solving.tolerance, solving.iterations)
+            target, damping=solving.damped("GIF"), solver=Solver("minres", solving.tolerance, solving.iterations)
         )
         edit, seconds = timed(lambda m: ModelEdit.from_removal(setup.original, training, setup.ids, m, how(m)), method)
         step = edit.line_search(setup.original, setup.keep, setup.forget).step

@@ -42,7 +42,7 @@ class Solving:
     """How the methods solve, the same for all.
 
     Args:
-        damping: λ, added to H.
+        damping: λ, added to H, of all methods or by their names.
         iterations: steps of MINRES (of LSMR for GIF, each of which costs two products with H).
         hessian_samples: training images that H is taken over; None is all that stay.
         steps: linear steps, each at the weights that the one before has led to; SIF takes one.
@@ -50,7 +50,7 @@ class Solving:
         tolerance: relative residual at which a solver stops earlier.
     """
 
-    damping: float
+    damping: float | Mapping[str, float]
     iterations: int
     hessian_samples: int | None
     steps: int = 1
@@ -59,10 +59,16 @@ class Solving:
 
     def __str__(self) -> str:
         images = "all training images" if self.hessian_samples is None else f"{self.hessian_samples} training images"
+        each = self.damping if isinstance(self.damping, Mapping) else {}
+        damping = ", ".join(f"{value} ({name})" for name, value in each.items()) or str(self.damping)
         return (
-            f"Exact Hessian over {images}, λ = {self.damping}, at most {self.iterations} steps of MINRES or LSMR "
+            f"Exact Hessian over {images}, λ = {damping}, at most {self.iterations} steps of MINRES or LSMR "
             f"in each of {self.steps} linear steps (SIF takes one)"
         )
+
+    def damped(self, method: str) -> float:
+        """λ of a method."""
+        return float(self.damping[method] if isinstance(self.damping, Mapping) else self.damping)
 
     def how(self, weight_decay: float, seed: int, method: InfluenceFunction | None = None) -> How:
         """The rest of an edit's settings."""
@@ -89,17 +95,19 @@ def edited(
     matrix = MatrixFree("hessian", "minres", tolerance=solving.tolerance, max_iterations=solving.iterations)
     solver = Solver("minres", solving.tolerance, solving.iterations)
     for share, target in targets.items():
-        generalized = GeneralizedInfluenceFunction(target, damping=solving.damping, solver=solver)
+        generalized = GeneralizedInfluenceFunction(target, damping=solving.damped("GIF"), solver=solver)
         yield "GIF", share, *timed(make, generalized)
-        yield "FIF", share, *timed(make, FreezingInfluenceFunction(target, damping=solving.damping, solver=solver))
-    first, seconds = timed(make, InfluenceFunction(matrix, damping=solving.damping))
+        freezing = FreezingInfluenceFunction(target, damping=solving.damped("FIF"), solver=solver)
+        yield "FIF", share, *timed(make, freezing)
+    first, seconds = timed(make, InfluenceFunction(matrix, damping=solving.damped("IF")))
     for share, target in targets.items():
-        if solving.steps == 1:
+        if solving.steps == 1 and solving.damped("PIF") == solving.damped("IF"):
             yield "PIF", share, first.within(target), seconds  # the same solve, cut
         else:  # each step begins where the one before has led K alone
-            yield "PIF", share, *timed(make, ProjectedInfluenceFunction(target, matrix, damping=solving.damping))
+            projected = ProjectedInfluenceFunction(target, matrix, damping=solving.damped("PIF"))
+            yield "PIF", share, *timed(make, projected)
     yield "IF", 1.0, first, seconds
-    yield "SIF", 1.0, *timed(make, SecondOrderInfluenceFunction(matrix, damping=solving.damping))
+    yield "SIF", 1.0, *timed(make, SecondOrderInfluenceFunction(matrix, damping=solving.damped("SIF")))
 
 
 def left_over(edit: ModelEdit) -> float | None:
