@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from lightning_influence.artifacts import UNBOUNDED, ArtifactStore
+from lightning_influence.artifacts.stage_link import LINK
 from lightning_influence.errors import InfluenceError
 
 _COMMANDS = {
@@ -43,7 +44,8 @@ def inspected(store: ArtifactStore) -> tuple[str, int]:
         f"  gradients     {', '.join(manifest.selected) or 'none'} as {manifest.dtype}",
         f"  size          {sum(file.bytes for file in files) / 1e6:.1f} MB in {len(files)} files",
         f"  sign          {manifest.sign_convention}",
-        *(f"  {name:12}  {_value(value)}" for name, value in manifest.facts.items()),
+        *(f"  {name:12}  {_value(value)}" for name, value in manifest.facts.items() if name != LINK),
+        *([] if store.link is None else [f"  began from    {store.link}"]),
         f"  {'step':>12}  {'epoch':>5}  {'rate':>9}  {'sum of rates':>12}  optimizer",
     ]
     for checkpoint in store.checkpoints():

@@ -48,6 +48,16 @@ class StageLink:
     shared_sha256: str = ""
     complete: bool = False
 
+    def __str__(self) -> str:
+        frozen = sum(name in self.frozen for name in self.shared)
+        far = sorted({round(travel, 6) for name, travel in self.travel.items() if name in self.shared})
+        steps = "" if not far else f", η·K {far[0]:.3g}" + (f" to {far[-1]:.3g}" if len(far) > 1 else "")
+        state = "" if self.complete else ", the fit has not ended"
+        return (
+            f"{len(self.shared)} parameters of {self.parent_folder} ({self.parent[:12]}), {frozen} frozen, "
+            f"{len(self.shared) - frozen} tuned by {', '.join(self.optimizers) or 'no optimizer yet'}{steps}{state}"
+        )
+
     def to_json(self) -> dict[str, Json]:
         """As plain JSON."""
         return {

@@ -50,7 +50,7 @@ def matrix_function(
         matvec: products with A, (Q, P) -> (Q, P), any Q.
         b: (Q, P), float32 or float64.
         functions: of eigenvalues.
-        tolerance: on the change of f(A) b over ‖b‖.
+        tolerance: on the change of f(A) b over ‖b‖, and on the relative change of (1 − exp(−A))/A b.
         max_iterations: products at most.
         progress: told of products and changes.
 
@@ -95,12 +95,11 @@ def _lanczos(
         done = length <= torch.finfo(b.dtype).eps * scale.clamp_min(torch.finfo(b.dtype).tiny) * step
         last = step == min(max_iterations, b.shape[1]) or bool(done.all())
         if last or step % _EVERY == 0:
-            coefficients = [_first_column(diagonal, beside, f) for f in functions]
-            change = (
-                float("inf")
-                if before is None
-                else max(_change(a, c) for a, c in zip(before, coefficients, strict=True))
-            )
+            coefficients = [_first_column(diagonal, beside, f) for f in (*functions, saturated)]
+            changes = [_change(old, new) for old, new in zip(before or (), coefficients, strict=before is not None)]
+            if changes:  # small eigenvalues show late, and exp(−σ) of large ones is nothing: `saturated` sees both
+                changes[-1] = changes[-1] / coefficients[-1].norm(dim=1).clamp_min(torch.finfo(b.dtype).tiny)
+            change = float(torch.stack(changes).max()) if changes else float("inf")
             if progress is not None:
                 progress(step, change)
             converged = bool(done.all()) or step == b.shape[1] or change <= tolerance
@@ -110,7 +109,7 @@ def _lanczos(
         beside.append(torch.where(done, 0.0, length))
         basis.append(torch.where(done[:, None], 0.0, product / torch.where(done, 1.0, length)[:, None]))
     vectors = torch.stack(basis[: len(diagonal)], 1)
-    return tuple(norms[:, None] * torch.einsum("qkp,qk->qp", vectors, c) for c in coefficients), converged
+    return tuple(norms[:, None] * torch.einsum("qkp,qk->qp", vectors, c) for c in coefficients[:-1]), converged
 
 
 def _first_column(diagonal: list[Tensor], beside: list[Tensor], function: Spectral) -> Tensor:
@@ -131,7 +130,9 @@ def _first_column(diagonal: list[Tensor], beside: list[Tensor], function: Spectr
     return found
 
 
-def _change(before: Tensor, now: Tensor) -> float:
+def _change(before: Tensor, now: Tensor) -> Tensor:
+    """(Q,)."""
     wider = torch.zeros_like(now)
     wider[:, : before.shape[1]] = before
-    return float((now - wider).norm(dim=1).max())
+    distance: Tensor = (now - wider).norm(dim=1)
+    return distance
