@@ -174,6 +174,17 @@ class CurvatureStatistics(ABC):
 
     from_stored: ClassVar[bool] = False
 
+    @property
+    def has_shifts(self) -> bool:
+        """Whether the inverse of what is collected from a model is that of H + λI (see `Curvature.shifts`)."""
+        return True
+
+    @property
+    def stands_for(self) -> Literal["hessian", "ggn"]:
+        """The matrix of exact products (`Evidence.operator`) that this estimates: in place of the Fisher information it
+        is the Gauss–Newton matrix, equal to it where labels are exact."""
+        return "ggn"
+
     @abstractmethod
     def collect(self, evidence: Evidence) -> Curvature:
         """The curvature of the mean loss over the evidence, without weight decay.

@@ -170,6 +170,11 @@ class DataInf(CurvatureStatistics):
     name = "data_inf"
     from_stored = True
 
+    @property
+    def has_shifts(self) -> bool:
+        """False: it is a mean of inverses."""
+        return False
+
     def collect(self, evidence: Evidence) -> Curvature:
         """One pass over the gradients, for their mean squares.
 

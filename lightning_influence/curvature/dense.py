@@ -143,6 +143,11 @@ class Dense(CurvatureStatistics):
         """Of the Fisher matrix alone."""
         return self.matrix == "fisher"
 
+    @property
+    def stands_for(self) -> Literal["hessian", "ggn"]:
+        """The Gauss–Newton matrix for the Fisher matrix, else the one that was asked for."""
+        return "hessian" if self.matrix == "hessian" else "ggn"
+
     def collect(self, evidence: Evidence) -> Curvature:
         """The whole matrix.
 

@@ -66,6 +66,11 @@ class LowRank(CurvatureStatistics):
         """False."""
         return False
 
+    @property
+    def stands_for(self) -> Literal["hessian", "ggn"]:
+        """The matrix that was asked for."""
+        return self.matrix
+
     def collect(self, evidence: Evidence) -> LowRankCurvature:
         """The eigenpairs; fewer than `rank` where the others are zero."""
         parameters = evidence.selection.parameters

@@ -68,6 +68,11 @@ class MatrixFree(CurvatureStatistics):
         """False."""
         return False
 
+    @property
+    def stands_for(self) -> Literal["hessian", "ggn"]:
+        """The matrix that was asked for."""
+        return self.matrix
+
     def collect(self, evidence: Evidence) -> MatrixFreeCurvature:
         """The curvature, which keeps hold of the evidence: its products are those of the weights at the time."""
         return MatrixFreeCurvature(self, _Matrix(evidence, self.matrix))

@@ -53,11 +53,15 @@ class Solver:
     scale: float | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(SolverName) or not self.tolerance > 0 or self.max_iterations < 1:
+        steps = self.max_iterations
+        known = self.name in get_args(SolverName) and _positive(self.tolerance)
+        whole = isinstance(steps, int) and not isinstance(steps, bool) and steps >= 1
+        if not known or not whole or not (self.scale is None or _positive(self.scale)):
             raise CurvatureError(
                 "this is no way to solve",
-                expected=f"a name among {', '.join(get_args(SolverName))}, a positive tolerance, 1 iteration or more",
-                found=f"{self.name!r}, {self.tolerance!r}, {self.max_iterations!r}",
+                expected=f"a name among {', '.join(get_args(SolverName))}, a positive tolerance, a whole number of "
+                "iterations, 1 or more, and a positive scale or None",
+                found=f"{self.name!r}, {self.tolerance!r}, {steps!r}, {self.scale!r}",
                 hint="write Solver('minres', tolerance=1e-5, max_iterations=200)",
             )
 
@@ -72,6 +76,7 @@ class Answer:
             a closed form was used.
         iterations, products: steps of the solver, and products with H, as far as they were counted.
         converged: whether the tolerance was met.
+        diverged: whether a Neumann series diverged, so that its best iterate was kept.
     """
 
     change: Gradients
@@ -79,6 +84,7 @@ class Answer:
     iterations: int
     products: int
     converged: bool
+    diverged: bool = False
 
     def report(self) -> dict[str, Any]:
         """All but the change, as plain JSON."""
@@ -264,7 +270,8 @@ class _Columns:
                 hint="select these parameters in CurvatureSnapshot(parameters=...), or other target parameters",
             )
         self._curvature = curvature
-        self.space = ParameterSpace({name: target.shapes[name] for name in rows})
+        # Of parameters that were never trained no gradient counts, though a curvature may know them.
+        self.space = ParameterSpace({name: target.shapes[name] for name in rows if name in target.shapes})
         self._own = ParameterSpace({name: target.shapes[name] for name in target.names})
         self._inside, self._places = target.flat(self._own.shapes), target.flat(self.space.shapes)
         shifts = curvature.shifts(damping)
@@ -355,16 +362,26 @@ def _solved(change: Gradients, found: Solution) -> Answer:
 
 def _told(found: LeastSquares, residual: Tensor) -> Answer:
     """How least squares were found; the change is to be filled in."""
-    return Answer({}, _largest(residual), found.iterations, found.products, found.converged)
+    return Answer({}, _largest(residual), found.iterations, found.products, found.converged, found.diverged)
 
 
 def _warn(method: str, solver: Solver, told: Answer) -> None:
-    if not told.converged:
+    if told.diverged:
+        rank_zero_warn(
+            f"{method} by neumann diverged in {told.iterations} iterations; the best iterate, with a relative residual "
+            f"of {told.residual:.1e}, was kept. HINT: pass Solver('neumann', scale=...) above 1/√2 of the largest "
+            "singular value of what is solved (None measures it), or take 'minres', which needs no scale."
+        )
+    elif not told.converged:
         rank_zero_warn(
             f"{method} by {solver.name} stopped before its tolerance: after {told.iterations} iterations the "
             f"relative residual is {told.residual:.1e}, above {solver.tolerance:.1e}. HINT: this may be wanted, "
             "as stopping early regularises; else pass Solver(max_iterations=...), or damp more."
         )
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < float("inf")
 
 
 def _like(v: Gradients) -> Tensor:

@@ -125,6 +125,11 @@ class ProjectedGram(OnePass):
             )
         self.projection, self.per, self.at_most = projection, per, at_most
 
+    @property
+    def has_shifts(self) -> bool:
+        """Where nothing is projected."""
+        return self.projection is None
+
     def settings(self) -> dict[str, Any]:
         """Projection and blocks."""
         projection = None if self.projection is None else self.projection.record()

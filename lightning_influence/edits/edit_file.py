@@ -16,10 +16,11 @@ from lightning_influence.errors import StoreError
 
 _TENSORS, _RECORD = "edit.safetensors", "edit.json"
 _NEEDED = (
-    "kind", "num_samples", "num_leaving", "fingerprints", "method", "target", "reduction", "module", "weights",
-    "weights_sha256", "steps",
+    "kind", "num_samples", "num_leaving", "leaving_sha256", "fingerprints", "method", "damping", "target", "size",
+    "total", "reduction", "seed", "batch_size", "per_sample_loss", "module", "weights", "steps", "left",
 )  # fmt: skip
-_VERSION = 1
+_OF_STEPS = ("residual", "damping", "left")
+_VERSION = 2
 
 
 def write_edit(
@@ -72,9 +73,13 @@ def read_edit(folder: Path) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[
         if missing := [name for name in _NEEDED if name not in Fields(record).record]:
             raise ValueError(f"a record without {missing[0]!r}")
         if not isinstance(record["steps"], list) or not all(
-            {"residual", "left"} <= set(Fields(step).record) for step in record["steps"]
+            set(_OF_STEPS) <= set(Fields(step).record) for step in record["steps"]
         ):
             raise ValueError("a record that does not tell its steps")
+        if record["kind"] == "relabelling" and "labels_sha256" not in record:
+            raise ValueError("a relabelling that does not tell its labels")
+        if not isinstance(record["weights"], dict):
+            raise ValueError("weights without digests")
         size, sha256 = fields.integer("bytes"), fields.text("sha256")
     except (KeyError, TypeError, ValueError, StoreError) as error:
         raise _damaged(folder / _RECORD, error) from error

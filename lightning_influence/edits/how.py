@@ -32,12 +32,25 @@ class How:
     per_sample_loss: PerSample | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "hessian_samples", "batch_size"):
+        for name, least, none in (
+            ("steps", 1, False),
+            ("hessian_samples", 1, True),
+            ("seed", 0, False),
+            ("batch_size", 1, True),
+        ):
             value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            whole = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            if not whole and not (none and value is None):
                 raise QueryError(
                     f"{name} must be a whole number",
-                    expected="1 or more",
+                    expected=f"{least} or more",
                     found=repr(value),
                     hint=f"leave {name} out for the default",
                 )
+        if self.per_sample_loss is not None and not callable(self.per_sample_loss):
+            raise QueryError(
+                "per_sample_loss is no function",
+                expected="(module, batch) -> (N,)",
+                found=repr(self.per_sample_loss),
+                hint="leave it out where training_step tells the loss of one sample",
+            )

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
+from torch.utils.data import ConcatDataset, Subset
 from tqdm.auto import tqdm
 
+from lightning_influence.edits.soundness import trainer_at_hand
 from lightning_influence.errors import QueryError
 from lightning_influence.objective import PerSample, Reduction, training_objective
 from lightning_influence.replay import TrainingData, isolated, walk
@@ -84,7 +86,7 @@ def standing(
     """Mean loss and accuracy of a module on the samples of a loader, without a trace."""
     data = TrainingData.of(loader, forked=True)
     total, right, known = 0.0, 0.0, True
-    with torch.inference_mode(False), isolated(module) as manual_losses:
+    with torch.inference_mode(False), trainer_at_hand(module), isolated(module) as manual_losses:
         for ids, batch in walk(data, [range(len(data))], module):
             found = training_objective(
                 module,
@@ -140,15 +142,31 @@ def removal_f1(target_accuracy: float, retained_accuracy: float) -> float:
 
 
 def refuse_training_set(loader: Any, fingerprints: Sequence[str]) -> None:
-    """Refuse to pick a step on the samples that were trained on.
+    """Refuse to pick a step on the samples that were trained on: the training set, a subset of it, or a concatenation
+    with it. That two subsets of one larger dataset overlap is not seen.
 
     Raises:
-        QueryError: the loader's dataset is the training set.
+        QueryError: the loader's samples are of the training set.
     """
-    if TrainingData.of(loader, forked=True).fingerprint() in fingerprints:
+    data = TrainingData.of(loader, forked=True)
+    if any(replace(data, dataset=part).fingerprint() in fingerprints for part in _drawn_from(data.dataset, None)):
         raise QueryError(
             "a step is picked on samples that were held out of training",
             expected="a validation set",
-            found="the training set itself",
+            found="the training set itself, or samples of it",
             hint="pass a loader of samples that the model has not seen, and that no result is reported on",
         )
+
+
+def _drawn_from(dataset: Any, positions: Sequence[int] | None) -> Iterator[Any]:
+    """A dataset, and the datasets that the given ones of its samples (`None` is all) lie in."""
+    yield dataset
+    wanted = range(len(dataset)) if positions is None else positions
+    if isinstance(dataset, Subset):
+        if len(wanted):
+            yield from _drawn_from(dataset.dataset, [int(dataset.indices[i]) for i in wanted])
+    elif isinstance(dataset, ConcatDataset):
+        ends = dataset.cumulative_sizes
+        for start, end, each in zip([0, *ends], ends, dataset.datasets, strict=False):
+            if inside := [i - start for i in wanted if start <= i < end]:
+                yield from _drawn_from(each, inside)

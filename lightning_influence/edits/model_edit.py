@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule
@@ -28,13 +26,13 @@ from lightning_influence.edits.line_search import (
     search,
 )
 from lightning_influence.edits.linearised import Linearised, linearised
+from lightning_influence.edits.module_state import Module, check_digests, copied, digests, moved
+from lightning_influence.edits.path import followed
 from lightning_influence.edits.task import Task, relabelling, removal, samples
 from lightning_influence.errors import QueryError, StoreError
 from lightning_influence.estimators import InfluenceFunction
 from lightning_influence.gradients import Dense, GradientBlock, TargetParameters
 from lightning_influence.objective import PerSample
-
-Module = TypeVar("Module", bound=LightningModule)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,13 +52,16 @@ class ModelEdit:
     Attributes:
         path: by parameter name the changes (steps, *shape) reached after each linear step, zero outside K.
         before: by parameter name the weights before the edit, of those that change.
-        record: what was edited and how, as plain JSON: the task, method, damping, K, and of every step the residual of
-            the solve, its iterations and products, and what is left of the gradient.
+        record: what was edited and how, as plain JSON: the task, method, damping, K, and of every step λ, the residual
+            of the solve, its iterations and products, and what is left of the gradient of all trained parameters; H is
+            that of `InfluenceFunction(parameters=...)` alone, so that the gradient of the others is left whole.
+        per_sample_loss: the loss that `How` was given, for a line search; it is not saved.
     """
 
     path: Mapping[str, Tensor]
     before: Mapping[str, Tensor]
     record: Mapping[str, Any]
+    per_sample_loss: PerSample | None = field(default=None, repr=False)
 
     # -- making one -------------------------------------------------------------------------------------------------
 
@@ -87,7 +88,7 @@ class ModelEdit:
             QueryError: ids that are empty, all, double, or none; a method without a curvature that can be estimated
                 here; an unknown weight decay.
             LossError: a model that is not deterministic, or couples the samples of a batch.
-            CaptureError: target parameters of another model.
+            CaptureError: target parameters of another model, or of one in which other parameters were trained.
             CurvatureError: the solver diverges, meets negative curvature, or H cannot be multiplied with.
         """
         return cls._made(module, removal(train_loader, sample_ids), method, how or How())
@@ -108,6 +109,9 @@ class ModelEdit:
         Args:
             labels: new label by position in the training set.
             relabel: (sample, new label) -> sample; the default knows (..., label) and {"label": ...}.
+
+        Raises:
+            QueryError: a label for which there is no loss, such as that of a class too many.
         """
         return cls._made(module, relabelling(train_loader, labels, relabel), method, how or How())
 
@@ -121,45 +125,29 @@ class ModelEdit:
         how: How | None = None,
     ) -> ModelEdit:
         """As if the samples of the first loader had not been trained on beside those of the second. Errors are those of
-        `from_removal`."""
+        `from_removal`, and:
+
+        Raises:
+            QueryError: to second order, loaders whose samples cannot stand in one batch.
+        """
         return cls._made(module, samples(forget_loader, retained_loader), method, how or How())
 
     @classmethod
     def _made(cls, module: LightningModule, task: Task, method: InfluenceFunction, how: How) -> ModelEdit:
         with torch.inference_mode(False):
             problem = linearised(module, task, method, how)
-            work = copy.deepcopy(module)
-            parameters = {name: p for name, p in work.named_parameters() if p.requires_grad}
-            start = {name: p.detach().clone() for name, p in parameters.items()}
-            g = problem.gradient(work)
-            unrest = None if how.steps == 1 else _plus(problem.slope(work), g, 1.0)  # what training had left
-            reached: dict[str, list[Tensor]] = {}
-            told: list[dict[str, Any]] = []
-            for number in range(how.steps):
-                if unrest is not None and number:
-                    g = _plus(unrest, problem.slope(work), -1.0)  # what still has to leave
-                part = {name: value / (how.steps - number) for name, value in g.items()}
-                answer, facts = problem.answer(work, part)
-                told.append(facts)
-                for name, block in answer.change.items():
-                    with torch.no_grad():
-                        change = block.dense()[0].to(parameters[name])
-                        parameters[name].add_(change)
-                    so_far = reached.setdefault(name, [])
-                    so_far.append(so_far[-1] + change if so_far else change)
-        path = {name: torch.stack(changes).cpu() for name, changes in reached.items()}
-        _refuse_not_finite(path)
-        record = {
-            **task.record(),
-            "fingerprints": task.fingerprints(),
-            "method": type(method).__name__,
-            **_settings(problem),
-            "module": type(module).__name__,
-            "weights_sha256": _digest(start),
-            "weights": list(start),
-            "steps": told,
-        }
-        return cls(path, {name: start[name].cpu() for name in path}, record)
+            path = followed(module, problem)
+            record = {
+                **task.record(),
+                "fingerprints": task.fingerprints(),
+                "method": type(method).__name__,
+                **_settings(problem, module),
+                "module": type(module).__name__,
+                "weights": digests(module),
+                "steps": path.steps,
+                **path.left,
+            }
+        return cls(path.reached, path.before, record, how.per_sample_loss)
 
     # -- using it ---------------------------------------------------------------------------------------------------
 
@@ -183,14 +171,15 @@ class ModelEdit:
         found = {}
         for name, changes in self.path.items():
             start = changes[number - 1] if number else torch.zeros_like(changes[0])
-            found[name] = start + inside * (changes[number] - start)
+            found[name] = torch.lerp(start, changes[number], inside)  # exact at both ends
         return found
 
     def apply(self, module: Module, step: float = 1.0) -> Module:
         """A copy of the module with the edit, `step` times as far; the module itself is not touched.
 
         Raises:
-            StoreError: the module is not the one that the edit was made for, or has other weights.
+            StoreError: the module is not the one that the edit was made for, or has other weights or persistent
+                buffers, frozen ones too.
         """
         self._check_before(module)
         return self._edited(module, step)
@@ -198,27 +187,27 @@ class ModelEdit:
     def _edited(self, module: Module, step: float) -> Module:
         """What `apply` gives, of a module that was checked."""
         with torch.inference_mode(False), torch.no_grad():
-            edited = copy.deepcopy(module)
+            edited = copied(module)
             parameters = dict(edited.named_parameters())
             for name, change in self.change(step).items():
                 weight = parameters[name]
-                change = change.to(weight)
-                weight.copy_(torch.where(change == 0, weight, weight + change))
+                weight.copy_(moved(weight, change.to(weight.device)))
         return edited
 
     def undo(self, module: Module) -> Module:
         """A copy of an edited module with the weights from before, bit by bit.
 
         Raises:
-            StoreError: another module, or one whose other weights have changed since, as by training on.
+            StoreError: another module, or one whose other weights or persistent buffers have changed since, as by
+                training on.
         """
         self._check(module, exactly=False)
         with torch.inference_mode(False), torch.no_grad():
-            restored = copy.deepcopy(module)
+            restored = copied(module)
             parameters = dict(restored.named_parameters())
             for name, weight in self.before.items():
                 parameters[name].copy_(weight)
-        self._check_all(restored)
+        check_digests(restored, self.record["weights"])
         return restored
 
     def within(self, target: TargetParameters) -> ModelEdit:
@@ -239,9 +228,9 @@ class ModelEdit:
         target.check({**target.shapes, **{name: tuple(weight.shape) for name, weight in self.before.items()}})
         path = {name: block.dense() for name, block in target.restricted(_rows(self.path)).items()}
         record = {**self.record, "within": _target_record(target), "steps": [dict(s) for s in self.record["steps"]]}
-        for told in record["steps"]:
+        for told in (record, *record["steps"]):
             told["left"] = told["left_frozen"] = None  # of the whole edit, no longer of this one
-        return ModelEdit(path, {name: self.before[name] for name in path}, record)
+        return replace(self, path=path, before={name: self.before[name] for name in path}, record=record)
 
     def line_search(
         self,
@@ -263,9 +252,11 @@ class ModelEdit:
                 `keeping_and_forgetting`, without it the negative mean loss on the validation samples.
             criterion: a function module -> float in place of these, higher is better.
             steps: to try.
+            per_sample_loss: `None` takes the one that the edit was made with.
 
         Raises:
-            QueryError: the training set itself; neither loader nor criterion; a loss without accuracy.
+            QueryError: the training set itself, or a part of it; neither loader nor criterion; a loss without accuracy;
+                an edit from disk that was made with a `per_sample_loss`, which has to be given again.
         """
         if criterion is None and validation_loader is None:
             raise QueryError(
@@ -279,10 +270,11 @@ class ModelEdit:
             if loader is not None:
                 refuse_training_set(loader, self.record["fingerprints"])
         if criterion is None:
+            loss = self._loss(per_sample_loss)
             criterion = (
-                keeping(validation_loader, per_sample_loss, reduction)
+                keeping(validation_loader, loss, reduction)
                 if forget_loader is None
-                else keeping_and_forgetting(validation_loader, forget_loader, per_sample_loss, reduction)
+                else keeping_and_forgetting(validation_loader, forget_loader, loss, reduction)
             )
         self._check_before(module)
         return search(lambda step: self._edited(module, step), criterion, steps)
@@ -306,20 +298,32 @@ class ModelEdit:
 
     def __repr__(self) -> str:
         last = self.record["steps"][-1]
-        target = self.record.get("within") or self.record.get("target")
-        share = "all parameters" if target is None else f"{target['size']:,} of {target['total']:,} parameters"
+        told = self.record.get("within") or self.record
+        size, total = told["size"], told["total"]
+        share = "all parameters" if size == total else f"{size:,} of {total:,} parameters"
         residual = "closed form" if last["residual"] is None else f"residual {last['residual']:.1e}"
-        several = len(self.record["steps"]) > 1  # each of which tells of its own share of the gradient
-        left = "" if several or last["left"] is None else f", gradient left {last['left']:.3f}"
+        left = "" if self.record["left"] is None else f", gradient left {self.record['left']:.3f}"
         return (
             f"ModelEdit({self.record['kind']} of {self.record['num_leaving']} from {self.record['num_samples']} "
             f"samples by {self.record['method']}, {share}, {residual}{left})"
         )
 
+    def _loss(self, given: PerSample | None) -> PerSample | None:
+        """The loss of one sample that a line search takes."""
+        loss = given or self.per_sample_loss
+        if loss is None and self.record["per_sample_loss"]:
+            raise QueryError(
+                "this edit was made with a per_sample_loss, which is not saved",
+                expected="the same function again",
+                found="per_sample_loss=None",
+                hint="pass line_search(..., per_sample_loss=...), or criterion=",
+            )
+        return loss
+
     def _check_before(self, module: LightningModule) -> None:
         """Refuse a module that is not the one that the edit was made for, as it was then."""
         self._check(module, exactly=True)
-        self._check_all(module)
+        check_digests(module, self.record["weights"])
 
     def _check(self, module: LightningModule, exactly: bool) -> None:
         parameters = dict(module.named_parameters())
@@ -344,29 +348,23 @@ class ModelEdit:
                     "make a new one for weights that were trained on",
                 )
 
-    def _check_all(self, module: LightningModule) -> None:
-        """Refuse a module whose weights before the edit are others than those of the edit's, outside K too."""
-        parameters = dict(module.named_parameters())
-        held = {name: parameters[name].detach() for name in self.record["weights"] if name in parameters}
-        if len(held) < len(self.record["weights"]) or _digest(held) != self.record["weights_sha256"]:
-            raise StoreError(
-                "weights that the edit does not change are not those that it was made beside",
-                expected=f"all {len(self.record['weights'])} trained parameters as they were",
-                found="changed weights, as by training on",
-                hint="make a new edit for weights that were trained on",
-            )
 
-
-def _settings(problem: Linearised) -> dict[str, Any]:
-    target = problem.inverse.target
+def _settings(problem: Linearised, module: LightningModule) -> dict[str, Any]:
+    target, how = problem.inverse.target, problem.how
     statistics = {"class": type(problem.statistics).__name__, **problem.statistics.settings()}
+    sizes = {name: p.numel() for name, p in module.named_parameters() if p.requires_grad}
     return {
         **problem.inverse.settings(),
         "curvature": {name: value for name, value in statistics.items() if isinstance(value, (str, int, float))},
         "damping": problem.damping.record(),
         "decay": dict(problem.decay),
         "reduction": problem.reduction,
+        "seed": how.seed,
+        "batch_size": how.batch_size or problem.task.retained.data.batch_size,
+        "per_sample_loss": how.per_sample_loss is not None,
         "target": None if target is None else _target_record(target),
+        "size": sum(sizes[name] for name in problem.parameters) if target is None else target.size,
+        "total": sum(sizes.values()),
     }
 
 
@@ -376,26 +374,3 @@ def _target_record(target: TargetParameters) -> dict[str, Any]:
 
 def _rows(path: Mapping[str, Tensor]) -> dict[str, GradientBlock]:
     return {name: Dense(changes) for name, changes in path.items()}
-
-
-def _plus(left: Mapping[str, Tensor], right: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
-    return {name: left[name] + factor * value for name, value in right.items()}
-
-
-def _digest(weights: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, weight in weights.items():
-        flat = weight.cpu().contiguous().reshape(-1)
-        digest.update(name.encode() + flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
-def _refuse_not_finite(path: Mapping[str, Tensor]) -> None:
-    bad = [name for name, changes in path.items() if not bool(changes.isfinite().all())]
-    if bad:
-        raise QueryError(
-            f"the change of {bad[0]!r} is NaN or infinite",
-            expected="finite changes",
-            found="NaN or infinity",
-            hint="damp more, take fewer iterations, or another solver",
-        )

@@ -40,6 +40,7 @@ class Task:
         whole: what it was trained on.
         leaving: parts with the sign with which they count.
         num_samples: N, kept when samples leave (METHODS: 1/N stays).
+        labels: of a relabelling, the new label by position.
     """
 
     kind: str
@@ -47,23 +48,31 @@ class Task:
     whole: Part
     leaving: tuple[tuple[float, Part], ...]
     num_samples: int
+    labels: Mapping[int, Any] | None = None
 
     def fingerprints(self) -> list[str]:
         """That of the training set, and those of the datasets that it was put together from."""
-        datasets = [self.whole.data, self.retained.data, *(part.data for _, part in self.leaving)]
-        return list(dict.fromkeys(data.fingerprint() for data in datasets))
+        waiting = [self.whole.data, self.retained.data, *(part.data for _, part in self.leaving)]
+        for data in waiting:  # which grows meanwhile
+            if isinstance(data.dataset, ConcatDataset):
+                waiting += [replace(data, dataset=each) for each in data.dataset.datasets]
+        different = {id(data.dataset): data for data in waiting}
+        return list(dict.fromkeys(data.fingerprint() for data in different.values()))
 
     def record(self) -> dict[str, Any]:
         """Who leaves, as plain JSON."""
         ids = self.leaving[0][1].positions
-        digest = hashlib.sha256(torch.tensor(ids, dtype=torch.int64).numpy().tobytes()).hexdigest()
-        return {
+        record = {
             "kind": self.kind,
             "num_samples": self.num_samples,
             "num_leaving": len(ids),
-            "leaving_sha256": digest,
+            "leaving_sha256": hashlib.sha256(torch.tensor(ids, dtype=torch.int64).numpy().tobytes()).hexdigest(),
             "num_retained": len(self.retained),
         }
+        if self.labels is not None:
+            told = "\n".join(_written(self.labels[i]) for i in ids)
+            record["labels_sha256"] = hashlib.sha256(told.encode()).hexdigest()
+        return record
 
 
 def removal(loader: Any, sample_ids: Tensor | Sequence[int]) -> Task:
@@ -105,7 +114,8 @@ def relabelling(loader: Any, labels: Mapping[int, Any], relabel: Replace | None)
     changed = replace(data, dataset=_relabelled(data, labels, relabel))
     every = tuple(range(len(data)))
     leaving = ((1.0, Part(data, ids)), (-1.0, Part(changed, ids)))
-    return Task("relabelling", Part(changed, every), Part(data, every), leaving, len(data))
+    new = {int(i): label for i, label in labels.items()}
+    return Task("relabelling", Part(changed, every), Part(data, every), leaving, len(data), new)
 
 
 def samples(forget_loader: Any, retained_loader: Any) -> Task:
@@ -152,12 +162,16 @@ class Relabelled(Dataset[Any]):
 
 
 def with_label(sample: Any, label: Any) -> Any:
-    """A sample (..., label), or one with a "label" or "labels" in a dictionary, with another label of the same type.
+    """A sample (..., label), or one with a "label" or "labels" in a dictionary or a named tuple, with another label of
+    the same type.
 
     Raises:
         QueryError: a sample of another form.
     """
     if isinstance(sample, (tuple, list)) and len(sample) >= 2:
+        if fields := getattr(sample, "_fields", None):
+            field = next((name for name in ("label", "labels") if name in fields), fields[-1])
+            return sample._replace(**{field: _alike(getattr(sample, field), label)})  # type: ignore[union-attr]
         return type(sample)([*sample[:-1], _alike(sample[-1], label)])
     if isinstance(sample, Mapping):
         for key in ("label", "labels"):
@@ -191,6 +205,14 @@ def label_like(old: Tensor, new: Any) -> Tensor:
         found=repr(new),
         hint="give labels of the type and shape that the dataset has, or pass relabel=",
     )
+
+
+def _written(label: Any) -> str:
+    """A label in words that do not depend on whether it is a number or a tensor of one."""
+    try:
+        return repr(torch.as_tensor(label).tolist())
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        return repr(label)
 
 
 def _alike(old: Any, new: Any) -> Any:

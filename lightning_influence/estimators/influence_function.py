@@ -56,8 +56,8 @@ class InfluenceFunction(Estimator):
             enough.
         damping: λ: a number, `Relative(factor)` of the mean eigenvalue of each block, `None` for a tenth of it
             (Grosse et al. 2023, 2308.03296), or `"auto"` for what `choose_damping` has found for this store.
-        parameters: glob or globs over parameter names; `None` takes all that curvature and gradients are known of;
-            `TargetParameters` K takes H_KK⁻¹, as `FreezingInfluenceFunction(K)` does.
+        parameters: parameter names, or globs over them (what is a name is no glob); `None` takes all that curvature and
+            gradients are known of; `TargetParameters` K takes H_KK⁻¹, as `FreezingInfluenceFunction(K)` does.
         labels, seed: of statistics that are estimated when they are needed, as in `CurvatureSnapshot`; `None` is
             `"observed"` for `DataInf` and `ProjectedGram`.
 
@@ -220,6 +220,8 @@ class InfluenceFunction(Estimator):
         """Refuse target parameters of another model, and a curvature that lacks what is required."""
         if self.inverse.target is not None:
             self.inverse.target.check({name: spec.shape for name, spec in stage.store.manifest.parameters.items()})
+            if stage.module is not None and not isinstance(self.inverse, Freezing):  # which asks about K alone
+                self.inverse.target.check_trained([n for n, p in stage.module.named_parameters() if p.requires_grad])
         if missing := [name for name in self.inverse.required or () if name not in known]:
             raise QueryError(
                 f"{type(self).__name__} needs a curvature of more parameters",
@@ -333,14 +335,15 @@ def _chosen(known: tuple[str, ...], globs: Sequence[str] | None) -> tuple[str, .
     """Those of the known parameters that the globs name; a QueryError for a glob that names none."""
     if globs is None:
         return known
-    if unmatched := [glob for glob in globs if not any(fnmatch.fnmatchcase(name, glob) for name in known)]:
+    found = {glob: {glob} if glob in known else set(fnmatch.filter(known, glob)) for glob in globs}  # a name is no glob
+    if unmatched := [glob for glob, names in found.items() if not names]:
         raise QueryError(
             f"InfluenceFunction(parameters=...) names what is not known here: {', '.join(unmatched)}",
             expected=f"globs over {', '.join(known) or 'no parameter'}",
             found=", ".join(unmatched),
             hint="select these parameters in both GradientSnapshot and CurvatureSnapshot, or leave them out here",
         )
-    return tuple(name for name in known if any(fnmatch.fnmatchcase(name, glob) for glob in globs))
+    return tuple(name for name in known if any(name in names for names in found.values()))
 
 
 def _warn_if_half_trained(found: RecordedCurvature) -> None:

@@ -53,7 +53,8 @@ def select(module: nn.Module, parameters: str | Sequence[str], *, input_only: It
               with
               parameters;
             - ``"all"``: every trainable parameter;
-            - a parameter's name, or a glob over names (``"encoder.*.weight"``), frozen or not.
+            - a parameter's name, or a glob over names (``"encoder.*.weight"``), frozen or not; what is a name is no
+              glob.
         input_only: full names among them that are to be treated as word embeddings (see ``Selection.input_only``),
             so that a selection can be made again from the names of an earlier one.
 
@@ -74,6 +75,8 @@ def select(module: nn.Module, parameters: str | Sequence[str], *, input_only: It
                 found = _last_layer(module, canonical)
             elif want == "all":
                 found = {canonical[id(p)] for p in module.parameters() if p.requires_grad}
+            elif want in aliases:  # a name may read as a glob: "[" and "*" in keys of a ModuleDict
+                found = {canonical[aliases[want]]}
             else:
                 found = {canonical[key] for name, key in aliases.items() if fnmatchcase(name, want)}
             look_ups -= found

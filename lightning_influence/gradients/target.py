@@ -7,7 +7,7 @@ Ryu and Yang (2023, arXiv:2312.05586) do.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -142,6 +142,24 @@ class TargetParameters:
             CaptureError: the first trained parameter of K's model that is missing or has another shape, by name.
         """
         _compare(self.shapes, parameters, "this model")
+
+    def check_trained(self, trained: Collection[str]) -> None:
+        """Refuse a model in which other parameters are trained now than when K was chosen.
+
+        Errors:
+            CaptureError: parameters that are frozen now, and parameters that were frozen then, by name.
+        """
+        frozen = [name for name in self.shapes if name not in trained]
+        new = [name for name in trained if name not in self.shapes]
+        if frozen or new:
+            told = [f"{', '.join(names)} {what}" for names, what in ((frozen, "frozen"), (new, "trained")) if names]
+            raise CaptureError(
+                "other parameters are trained now than when the target parameters were chosen",
+                expected=f"{', '.join(self.shapes)} trained, and no others",
+                found=" and ".join(told),
+                hint="choose K again for the model as it is now (choose_target, TargetParameters.of), or set "
+                "requires_grad as it was then",
+            )
 
     def shares(self) -> list[LayerShare]:
         """For every layer of which something is in K, how much; in the module's order."""

@@ -271,6 +271,30 @@ def test_a_diverging_series_is_told(setting):
         s.change(Generalized(s.target, Solver("neumann", 1e-8, 500, scale=1e-3)))
 
 
+@pytest.mark.parametrize("kind", [Generalized, Freezing])
+def test_a_series_that_diverges_after_its_best_iterate_says_so(kind):
+    s = Setting(Dense("hessian"), decay=1.0)
+    largest = float(torch.linalg.eigvalsh(s.matrix[s.inside][:, s.inside]).max())
+    inverse = kind(s.target, Solver("neumann", 1e-12, 500, scale=0.68 * largest))
+    with pytest.warns(UserWarning, match=r"neumann diverged in \d+ iterations.*was kept.*scale=") as warned:
+        answer = inverse.change(s.curvature, s.g, UNDAMPED)
+    assert answer.diverged and answer.report()["diverged"] and not answer.converged
+    assert not any("stopped before" in str(each.message) for each in warned)
+    assert not inverse.__class__(s.target, EXACT).change(s.curvature, s.g, UNDAMPED).diverged
+
+
+def test_parameters_that_were_never_trained_are_no_rows():
+    """A curvature may know more than was trained."""
+    s = Setting(Dense("hessian"), decay=0.05)
+    masks = {"network.2.weight": torch.ones(3, 5, dtype=torch.bool)}
+    s.module.network[0].weight.requires_grad_(False)
+    target = TargetParameters.of(s.module, masks)
+    kept = torch.cat([torch.full(shape, n != "network.0.weight").flatten() for n, shape in s.shapes.items()])
+    h, g = s.matrix[kept][:, kept], flat(s.g, s.shapes)[:, kept]
+    truth = reference.generalized_change(h, g, target.flat(target.shapes))
+    close(s.change(Generalized(target, EXACT))[:, kept], truth)
+
+
 # Refusals
 
 
@@ -305,7 +329,20 @@ def test_gradients_that_lack_target_parameters(setting):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"name": "lissa"}, {"tolerance": 0.0}, {"tolerance": float("nan")}, {"max_iterations": 0}]
+    "wrong",
+    [
+        {"name": "lissa"},
+        {"tolerance": 0.0},
+        {"tolerance": float("nan")},
+        {"tolerance": float("inf")},
+        {"tolerance": "1e-5"},
+        {"max_iterations": 0},
+        {"max_iterations": 10.0},
+        {"max_iterations": True},
+        {"scale": -1.0},
+        {"scale": float("inf")},
+        {"scale": "large"},
+    ],
 )
 def test_no_way_to_solve(wrong):
     with pytest.raises(CurvatureError, match="no way to solve"):

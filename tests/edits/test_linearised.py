@@ -24,8 +24,20 @@ from lightning_influence import (
     Solver,
     TargetParameters,
 )
-from lightning_influence.curvature import Dense, MatrixFree
+from lightning_influence.curvature import (
+    KFAC,
+    Absolute,
+    DataInf,
+    Dense,
+    Diagonal,
+    LowRank,
+    MatrixFree,
+    TrainingEvidence,
+)
 from lightning_influence.errors import CurvatureError, QueryError
+from lightning_influence.gradients import Dense as Rows
+from lightning_influence.gradients import select
+from lightning_influence.replay import TrainingData
 from tests import reference
 from tests.stores import quiet
 
@@ -106,6 +118,16 @@ class Truth:
         return torch.cat([change.get(n, torch.zeros(s, dtype=torch.float64)).flatten() for n, s in self.shapes.items()])
 
 
+def rows_of(truth: Truth, flat: Tensor) -> Any:
+    """A vector by parameter."""
+    parts = flat.split([torch.Size(shape).numel() for shape in truth.shapes.values()])
+    return {n: Rows(p.reshape(1, *s)) for (n, s), p in zip(truth.shapes.items(), parts, strict=True)}
+
+
+def flat_of(truth: Truth, rows: Any) -> Tensor:
+    return torch.cat([rows[name].dense()[0].flatten() for name in truth.shapes])
+
+
 @pytest.fixture(scope="module")
 def truth() -> Truth:
     return Truth(made())
@@ -174,6 +196,28 @@ def test_second_order_with_the_fisher_information(truth):
     close(truth.flat(edits[0]), truth.flat(edits[1]), 1e-9)
 
 
+@pytest.mark.parametrize("statistics", [KFAC(), EKFAC(), Diagonal(), Dense("fisher")])
+def test_second_order_of_a_fisher_matrix_takes_the_group_by_the_gauss_newton_matrix(truth, statistics):
+    """Not by the Hessian, which is another one here."""
+    method = SecondOrderInfluenceFunction(statistics, damping=0.3)
+    found = truth.flat(ModelEdit.from_removal(truth.module, loader(), IDS, method))
+    selection = select(truth.module, "all")
+    data = TrainingData.of(loader())
+    whole = statistics.collect(TrainingEvidence(truth.module, selection, data))
+    whole = whole.decayed(dict.fromkeys(selection.names, DECAY))
+    rows = rows_of(truth, truth.gradient(IDS))
+    first = whole.solve(rows, Absolute(0.3))
+    group = TrainingEvidence(truth.module, selection, data, positions=IDS).operator("ggn")
+    second = whole.solve(rows_of(truth, group.matvec(flat_of(truth, first)[None])[0] * len(IDS) / N), Absolute(0.3))
+    close(found, flat_of(truth, first) + flat_of(truth, second))
+
+
+def test_what_products_stand_for():
+    stands = {"hessian": (Dense("hessian"), MatrixFree("hessian"), LowRank(2, "hessian"))}
+    stands["ggn"] = (Dense("ggn"), Dense("fisher"), MatrixFree("ggn"), LowRank(2, "ggn"), EKFAC(), DataInf())
+    assert all(each.stands_for == name for name, group in stands.items() for each in group)
+
+
 def test_damping_relative_to_the_mean_eigenvalue(truth):
     """Weight decay apart, and in units of the mean over all samples, retained or not."""
     h, g = truth.hessian(KEPT, shift=0.0), truth.gradient(IDS)
@@ -181,6 +225,7 @@ def test_damping_relative_to_the_mean_eigenvalue(truth):
     assert mean > 0
     method = InfluenceFunction(Dense("hessian"), damping=Relative(0.5))
     edit = ModelEdit.from_removal(truth.module, loader(), IDS, method)
+    assert edit.record["steps"][0]["damping"] == pytest.approx(0.5 * mean, rel=1e-9)
     shifted = h + (DECAY + 0.5 * mean) * torch.eye(len(h), dtype=torch.float64)
     close(truth.flat(edit), torch.linalg.solve(shifted, g))
 
@@ -212,12 +257,26 @@ def test_parameters_of_an_influence_function(truth, globs):
     assert list(edit.path) == chosen
     masks = {name: torch.ones(truth.shapes[name], dtype=torch.bool) for name in chosen}
     inside = TargetParameters.of(truth.module, masks).flat(truth.shapes)
-    h = truth.hessian(KEPT, shift=DECAY + 0.3)
-    close(truth.flat(edit), reference.freezing_change(h, truth.gradient(IDS)[None], inside)[0])
+    h, g = truth.hessian(KEPT, shift=DECAY + 0.3), truth.gradient(IDS)
+    close(truth.flat(edit), reference.freezing_change(h, g[None], inside)[0])
+    frozen = float(g[~inside].norm() / g.norm())  # as if nothing that moves had a part in it
+    assert edit.record["left"] == pytest.approx(frozen) and edit.record["left_frozen"] == pytest.approx(frozen)
+    assert f"{int(inside.sum())} of {len(inside)} parameters" in repr(edit)
     with pytest.raises(QueryError, match="names what is not known"):
         ModelEdit.from_removal(
             truth.module, loader(), IDS, InfluenceFunction(Dense("hessian"), damping=0.3, parameters="head.*")
         )
+
+
+def test_a_name_that_reads_as_a_glob_is_a_name():
+    known = ("a[0].weight", "a0.weight", "a*.bias", "ab.bias")
+    for wanted, found in (
+        (known[:1], known[:1]),
+        ("a*.bias", known[2:3]),
+        ("a[0].*", known[1:2]),
+        ("*.bias", known[2:]),
+    ):
+        assert InfluenceFunction(parameters=wanted).chosen(known) == found
 
 
 def test_labels_of_an_influence_function(truth):

@@ -12,23 +12,26 @@ import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, TensorDataset
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, Subset, TensorDataset, default_collate
 
 from lightning_influence import (
+    EKFAC,
     FreezingInfluenceFunction,
     GeneralizedInfluenceFunction,
     How,
     InfluenceFunction,
     ModelEdit,
     ProjectedInfluenceFunction,
+    Relative,
     SecondOrderInfluenceFunction,
     Solver,
     TargetParameters,
     TracIn,
 )
-from lightning_influence.curvature import Dense, MatrixFree
+from lightning_influence.curvature import DataInf, Dense, MatrixFree, ProjectedGram
 from lightning_influence.edits import Standing, standing
-from lightning_influence.errors import CaptureError, LossError, QueryError, StoreError
+from lightning_influence.errors import CaptureError, CurvatureError, LossError, QueryError, StoreError
+from lightning_influence.gradients import FactorProjection
 from tests.stores import quiet
 
 N, DECAY = 30, 0.1
@@ -292,7 +295,10 @@ def test_part_of_a_whole_edit_is_the_projected_one():
     )
     for name, change in whole.within(target).change().items():
         torch.testing.assert_close(change, cut.change()[name])
-    assert "parameters" in repr(whole.within(target)) and whole.within(target).record["within"]["size"] == target.size
+    part = whole.within(target)
+    assert part.record["within"]["size"] == target.size and part.record["left"] is part.record["left_frozen"] is None
+    assert f"{target.size} of {target.total} parameters" in repr(part) and "gradient left" not in repr(part)
+    assert "all parameters" in repr(whole)
 
 
 def test_weights_beside_the_edit_must_be_those_of_then():
@@ -305,10 +311,112 @@ def test_weights_beside_the_edit_must_be_those_of_then():
     for model, use in ((copy.deepcopy(module), edit.apply), (edited, edit.undo)):
         with torch.no_grad():
             model.network[0].bias[0] += 1e-9
-        with pytest.raises(StoreError, match="are not those that it was made beside"):
+        with pytest.raises(StoreError, match=r"'network\.0\.bias' is not what the edit was made beside"):
             use(model)
     module.network[0].bias.requires_grad_(False)  # no other weights
     assert torch.equal(edit.undo(edit.apply(module)).network[2].weight, module.network[2].weight)
+
+
+class Normed(Model):
+    """Batch normalisation, a frozen layer, and a buffer that is nobody's business."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        layers = [nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)]
+        super().__init__(nn.Sequential(*layers).double(), F.cross_entropy)
+        self.network[0].requires_grad_(False)
+        self.register_buffer("mask", torch.ones(3, dtype=torch.bool))
+        self.register_buffer("cache", torch.zeros(2), persistent=False)
+
+
+def test_frozen_weights_and_buffers_must_be_those_of_then():
+    module = Normed()
+    edit = ModelEdit.from_removal(module, loader(X, LABELS), IDS, InfluenceFunction(Dense("ggn"), damping=0.1))
+    for name in ("network.0.weight", "network.1.running_mean", "network.1.running_var", "mask"):
+        for model, use in ((copy.deepcopy(module), edit.apply), (edit.apply(module), edit.undo)):
+            value = model.state_dict()[name].view(-1)
+            value[0] = ~value[0] if value.dtype == torch.bool else value[0] + 1e-9
+            with pytest.raises(StoreError, match=name.replace(".", r"\.")):
+                use(model)
+    trained = edit.apply(module).train()
+    trained.network(X)  # moves the running statistics
+    with pytest.raises(StoreError, match="running"):
+        edit.undo(trained)
+    other = copy.deepcopy(module)
+    other.register_buffer("new", torch.zeros(1))
+    with pytest.raises(StoreError, match="was not there"):
+        edit.apply(other)
+    module.network[1].num_batches_tracked += 1  # no output depends on them
+    module.cache += 1
+    restored = edit.undo(edit.apply(module))
+    assert all(torch.equal(value, module.state_dict()[name]) for name, value in restored.state_dict().items())
+
+
+class Watching(Model):
+    """Its loss depends on the epoch that its Trainer is in."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * (1.0 + self.trainer.current_epoch)
+
+
+def test_a_training_step_may_ask_its_trainer(tmp_path: Path):
+    method = InfluenceFunction(Dense("hessian"), damping=0.1)
+    module = Watching(classifier().network, F.cross_entropy)
+    module.keeps = None
+    trainer = quiet(max_epochs=2, default_root_dir=tmp_path)
+    trainer.fit(module, loader(X, LABELS))
+    module.keeps = trainer  # is shared, too
+    edit = ModelEdit.from_removal(module, loader(X, LABELS), IDS, method, How(steps=2))
+    plain = Model(module.network, lambda z, y: F.cross_entropy(z, y) * 3)
+    same = ModelEdit.from_removal(plain, loader(X, LABELS), IDS, method, How(steps=2, weight_decay=DECAY))
+    torch.testing.assert_close(edit.change(), same.change())
+    edited = edit.apply(module)
+    assert edited.trainer is module.trainer is edited.keeps and edit.undo(edited).trainer is trainer
+    assert edit.line_search(module, loader(X + 0.1, LABELS), steps=(0.0, 1.0)).step >= 0
+    module.trainer = None
+    for use in (
+        lambda: ModelEdit.from_removal(module, loader(X, LABELS), IDS, method, How(weight_decay=DECAY)),
+        lambda: ModelEdit.from_relabelling(module, loader(X, LABELS), {0: 1}, method, How(weight_decay=DECAY)),
+        lambda: edit.line_search(module, loader(X + 0.1, LABELS), steps=(0.0, 1.0)),
+        lambda: standing(module, loader(X, LABELS)),
+    ):
+        with pytest.raises(QueryError, match=r"asks for self\.trainer"):
+            use()
+
+
+def test_the_path_of_half_weights_is_summed_in_single_precision():
+    """A thousandth of a step is lost beside a weight in bfloat16, and not beside the sum of the others."""
+    module = Half()
+    method = InfluenceFunction(MatrixFree("ggn", "minres"), damping=0.5)
+    edit = ModelEdit.from_removal(module, loader(X.bfloat16(), LABELS), IDS, method, How(steps=4))
+    path = edit.path["network.0.weight"]
+    assert path.dtype == torch.float32 and not torch.equal(path, path.bfloat16().float())
+    before = module.network[0].weight.detach()
+    reached = edit.apply(module).network[0].weight
+    assert reached.dtype == torch.bfloat16 and torch.equal(reached, (before.float() + path[-1]).bfloat16())
+    assert all(torch.equal(edit.change(1.0)[name], changes[-1]) for name, changes in edit.path.items())
+
+
+def test_what_several_steps_have_left_is_measured_where_they_end():
+    module = fitted()
+    edit = ModelEdit.from_removal(module, loader(), IDS, methods(module)["IF"], How(steps=2))
+    assert edit.record["left"] < 1e-9 and edit.record["left_frozen"] is None
+    module, target, edit = edit_of(steps=3)
+    kept = [i for i in range(N) if i not in IDS]
+
+    def slope(model: Any, ids: Any) -> Tensor:
+        """∇J over the samples, of all weights."""
+        loss = F.cross_entropy(model.network(X[ids]), LABELS[ids], reduction="sum") / N
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        return torch.cat([(g + DECAY * p.detach()).flatten() for g, p in zip(found, model.parameters(), strict=True)])
+
+    g = slope(module, range(N)) - slope(module, kept)
+    rest = slope(module, range(N)) - slope(edit.apply(module), kept)
+    outside = ~target.flat({name: tuple(p.shape) for name, p in module.named_parameters()})
+    assert edit.record["left"] == pytest.approx(float(rest.norm() / g.norm()), rel=1e-9)
+    assert edit.record["left_frozen"] == pytest.approx(float(rest[outside].norm() / g.norm()), rel=1e-9)
+    _, _, one = edit_of()
+    assert one.record["left"] == one.record["steps"][0]["left"] > 0
 
 
 def test_an_edit_of_several_steps_cannot_be_cut():
@@ -317,7 +425,7 @@ def test_an_edit_of_several_steps_cannot_be_cut():
     edit = ModelEdit.from_removal(module, loader(X, LABELS), IDS, method, How(steps=2))
     with pytest.raises(QueryError, match="several steps cannot be cut"):
         edit.within(target)
-    assert "gradient left" not in repr(edit)
+    assert "gradient left" in repr(edit)
 
 
 def test_second_order_tells_nothing_of_what_is_left():
@@ -390,8 +498,8 @@ def test_damaged_files(tmp_path: Path):
             ("edit.safetensors", lambda data: data[:-1] + bytes([data[-1] ^ 1])),
             ("edit.json", lambda data: data[: len(data) // 2]),
             ("edit.json", lambda data: b'{"version": 1}'),
-            ("edit.json", lambda data: data.replace(b'"version": 1', b'"version": 9')),
-            ("edit.json", lambda data: data.replace(b'"weights_sha256"', b'"weights_md5"')),
+            ("edit.json", lambda data: data.replace(b'"version": 2', b'"version": 9')),
+            ("edit.json", lambda data: data.replace(b'"seed"', b'"seek"')),
             ("edit.json", lambda data: data.replace(b'"residual"', b'"rest"')),
             ("edit.json", lambda data: b"[1, 2]"),
             ("edit.json", lambda data: b"\xff\xfe"),
@@ -405,7 +513,66 @@ def test_damaged_files(tmp_path: Path):
         ModelEdit.load(tmp_path / "nowhere")
 
 
+def test_the_record_tells_how_it_was_made():
+    module, _, edit = edit_of(seed=5, batch_size=3)
+    assert (edit.record["seed"], edit.record["batch_size"]) == (5, 3)
+    assert edit_of()[2].record["batch_size"] == 7  # the loader's
+    assert edit.record["steps"][0]["damping"] == 0.05
+    relative = InfluenceFunction(EKFAC(), damping=Relative(0.1))
+    told = ModelEdit.from_removal(module, loader(X, LABELS), IDS, relative).record["steps"][0]["damping"]
+    assert told["network.0.weight"] == told["network.0.bias"] != told["network.2.weight"]
+    labels = {1: 2, 3: torch.tensor(0)}
+    method = InfluenceFunction(Dense("ggn"), damping=0.1)
+    records = [
+        ModelEdit.from_relabelling(module, loader(X, LABELS), new, method).record
+        for new in (labels, {3: 0, 1: 2}, {1: 2, 3: 1})
+    ]
+    assert records[0]["labels_sha256"] == records[1]["labels_sha256"] != records[2]["labels_sha256"]
+    assert "labels_sha256" not in edit.record and json.loads(json.dumps(records[0])) == records[0]
+
+
 # Line search
+
+
+def mine(module: Any, batch: Any) -> Tensor:
+    """Half the loss of each sample."""
+    return F.cross_entropy(module.network(batch[0]), batch[1], reduction="none") / 2
+
+
+def test_line_search_takes_the_loss_of_the_edit(tmp_path: Path):
+    module, _, edit = edit_of(per_sample_loss=mine)
+    held_out = loader(X + 0.1, LABELS)
+    found = edit.line_search(module, held_out, steps=(0.0, 1.0))
+    assert found.value == -standing(edit.apply(module, found.step), held_out, mine).loss
+    loaded = ModelEdit.load(edit.save(tmp_path / "edit"))
+    with pytest.raises(QueryError, match="made with a per_sample_loss, which is not saved"):
+        loaded.line_search(module, held_out)
+    assert loaded.line_search(module, held_out, steps=(0.0, 1.0), per_sample_loss=mine) == found
+    loaded.line_search(module, criterion=lambda model: 1.0)
+
+
+def test_a_step_is_not_picked_on_a_part_of_the_training_set():
+    module, _, edit = edit_of()
+    training = loader(X, LABELS).dataset
+    new = TensorDataset(X + 0.1, LABELS)
+    both = ConcatDataset([training, new])
+    for part in (
+        Subset(training, [3, 4]),
+        Subset(Subset(training, [3, 4, 5]), [1]),
+        both,
+        Subset(both, [N + 3, 2]),
+    ):
+        with pytest.raises(QueryError, match="samples of it"):
+            edit.line_search(module, DataLoader(part, batch_size=4))
+    for part in (Subset(both, range(N, 2 * N)), Subset(new, [1])):
+        edit.line_search(module, DataLoader(part, batch_size=4), steps=(0.0,))
+    method = InfluenceFunction(Dense("ggn"), damping=0.1)
+    edit = ModelEdit.from_removal(module, DataLoader(both, batch_size=7), IDS, method)
+    with pytest.raises(QueryError, match="samples of it"):
+        edit.line_search(module, DataLoader(Subset(new, [1]), batch_size=4))
+    halves = Subset(new, range(0, N, 2)), Subset(new, range(1, N, 2))
+    edit = ModelEdit.from_removal(module, DataLoader(halves[0], batch_size=7), [1], method)
+    edit.line_search(module, DataLoader(halves[1], batch_size=7), steps=(0.0,))  # of one larger set
 
 
 def test_line_search_takes_the_best_step():
@@ -512,6 +679,57 @@ def test_labels_are_found_in_tuples_and_dictionaries():
         ModelEdit.from_relabelling(module, odd, labels, method)
 
 
+@pytest.mark.parametrize("wrong", [3, -1, 17])
+@pytest.mark.parametrize("single", [True, False])
+def test_a_label_of_no_class_is_named(wrong, single):
+    module = classifier()
+    data = DataLoader(Pairs(lambda x, y: (x, int(y))), batch_size=7) if single else loader(X, LABELS)
+    labels = {0: 1, 12: wrong, 20: 2}
+    with pytest.raises(QueryError, match=f"training sample 12 cannot have the label {wrong}"):
+        ModelEdit.from_relabelling(module, data, labels, InfluenceFunction(Dense("ggn"), damping=0.1))
+
+
+class Broken(Model):
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        raise IndexError("mine")
+
+
+def test_errors_that_labels_have_no_part_in_stay_as_they_are():
+    module = Broken(classifier().network, F.cross_entropy)
+    with pytest.raises(IndexError, match="mine"):
+        ModelEdit.from_relabelling(module, loader(X, LABELS), {0: 1}, InfluenceFunction(Dense("ggn"), damping=0.1))
+
+
+class Either(Model):
+    """Takes tuples and dictionaries."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step((batch["x"], batch["label"]) if isinstance(batch, dict) else batch, batch_idx)
+
+
+def test_second_order_needs_one_form_of_batch():
+    module = Either(classifier().network, F.cross_entropy)
+    second = SecondOrderInfluenceFunction(Dense("ggn"), damping=0.1)
+    tuples, dictionaries = Pairs(lambda x, y: (x, y)), Pairs(lambda x, y: {"x": x, "label": y})
+    retained = DataLoader(tuples, batch_size=7)
+
+    def to_dictionary(samples: Any) -> Any:
+        return dict(zip(("x", "label"), default_collate(samples), strict=True))
+
+    for forget in (
+        DataLoader(dictionaries, batch_size=7),
+        DataLoader(tuples, batch_size=7, collate_fn=to_dictionary),
+        DataLoader(Pairs(lambda x, y: (x.float(), y)), batch_size=7),
+        DataLoader(Pairs(lambda x, y: (x[:3], y)), batch_size=7),
+    ):
+        with pytest.raises(QueryError, match="batches of different forms"):
+            ModelEdit.from_samples(module, forget, retained, second)
+    for forget in (DataLoader(dictionaries, batch_size=7), DataLoader(tuples, batch_size=4)):
+        first = ModelEdit.from_samples(module, forget, retained, InfluenceFunction(Dense("ggn"), damping=0.1))
+        assert first.record["num_samples"] == 2 * N
+    assert ModelEdit.from_samples(module, forget, retained, second).record["num_samples"] == 2 * N
+
+
 class Dropped(Model):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return F.cross_entropy(F.dropout(self.network(batch[0]), 0.5, training=True), batch[1])
@@ -544,9 +762,35 @@ def test_methods_that_are_none():
         ModelEdit.from_removal(module, loader(X, LABELS), IDS, InfluenceFunction(Dense("ggn"), damping="auto"))
     with pytest.raises(QueryError, match="already goes beyond"):
         ModelEdit.from_removal(module, loader(X, LABELS), IDS, SecondOrderInfluenceFunction(), How(steps=2))
-    for wrong in ({"steps": 0}, {"hessian_samples": -1}, {"batch_size": True}):
+    for wrong in (
+        {"steps": 0}, {"steps": None}, {"hessian_samples": -1}, {"batch_size": True}, {"seed": 1.5}, {"seed": None},
+        {"seed": -1},
+    ):  # fmt: skip
         with pytest.raises(QueryError, match="must be a whole number"):
             How(**wrong)
+    with pytest.raises(QueryError, match="no function"):
+        How(per_sample_loss=3)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("statistics", [DataInf(), ProjectedGram(FactorProjection(2))])
+def test_an_inverse_of_no_matrix_is_refused_before_anything_is_computed(statistics, monkeypatch):
+    monkeypatch.setattr(Model, "training_step", None)
+    with pytest.raises(CurvatureError, match="no edit can be made with"):
+        ModelEdit.from_removal(classifier(), loader(X, LABELS), IDS, InfluenceFunction(statistics, damping=0.1))
+
+
+@pytest.mark.parametrize("kind", [GeneralizedInfluenceFunction, FreezingInfluenceFunction, ProjectedInfluenceFunction])
+def test_k_of_a_model_in_which_other_parameters_were_trained(kind, monkeypatch):
+    module = classifier()
+    target = TargetParameters.of(module, {"network.2.weight": torch.ones(3, 6, dtype=torch.bool)})
+    module.network[0].weight.requires_grad_(False)
+    frozen = TargetParameters.of(module, target.masks)
+    monkeypatch.setattr(Model, "training_step", None)  # nothing is computed
+    with pytest.raises(CaptureError, match=r"(?s)are trained now.*found: network\.0\.weight frozen.*choose K again"):
+        ModelEdit.from_removal(module, loader(X, LABELS), IDS, kind(target, Dense("ggn"), damping=0.1))
+    module.requires_grad_(True)
+    with pytest.raises(CaptureError, match=r"(?s)are trained now.*found: network\.0\.weight trained"):
+        ModelEdit.from_removal(module, loader(X, LABELS), IDS, kind(frozen, Dense("ggn"), damping=0.1))
 
 
 def test_another_model_or_other_weights():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -29,6 +29,16 @@ class Plain(Dataset[Any]):
 
     def __getitem__(self, i: int) -> Any:
         return tuple(tensor[i] for tensor in self.tensors)
+
+
+class Pair(NamedTuple):
+    x: Any
+    y: Any
+
+
+class Labelled(NamedTuple):
+    label: Any
+    x: Any
 
 
 def loader(dataset: Any = None, **options: Any) -> DataLoader[Any]:
@@ -66,6 +76,8 @@ def test_samples_in_other_forms():
     assert with_label({"x": 1, "label": 2}, 0) == {"x": 1, "label": 0}
     assert with_label({"x": 1, "labels": 2}, torch.tensor(0)) == {"x": 1, "labels": 0}
     assert with_label([1, 2, 3], 0) == [1, 2, 0] and with_label((1, 2), 0) == (1, 0)
+    assert with_label(Pair(1, 2), 0) == Pair(1, 0) and with_label(Labelled(2, "a"), 0) == Labelled(0, "a")
+    assert type(with_label(Pair(1, 2), 0)) is Pair
     for odd in ({"x": 1}, 3, (1,), torch.ones(2)):
         with pytest.raises(QueryError, match="label of a training sample cannot be found"):
             with_label(odd, 0)

@@ -223,6 +223,21 @@ def test_a_target_of_another_model(tmp_path: Path, truth):
         scores(truth["module"], store, GeneralizedInfluenceFunction(TargetParameters.everything(other), HESSIAN))
 
 
+@pytest.mark.parametrize("name", ["GIF", "PIF"])
+def test_k_of_a_model_in_which_other_parameters_were_trained(tmp_path: Path, name):
+    module = classifier()
+    target = target_of(module)
+    store = store_of(tmp_path / "s", module)
+    embedding = module.get_parameter("embedding.weight").requires_grad_(False)
+    chosen_since = target_of(module)
+    with pytest.raises(CaptureError, match=r"(?s)embedding\.weight frozen.*choose K again"):
+        scores(module, store, estimators(target)[name])
+    embedding.requires_grad_(True)
+    with pytest.raises(CaptureError, match=r"embedding\.weight trained"):
+        scores(module, store, estimators(chosen_since)[name])
+    close(scores(module, store, estimators(chosen_since)["FIF"]), scores(module, store, estimators(target)["FIF"]))
+
+
 def test_a_curvature_of_projected_gradients_has_no_entries_to_choose(tmp_path: Path, truth):
     module, target = truth["module"], truth["target"]
     groups, states = [group(all_names(module), 0.1)], [module.state_dict()]

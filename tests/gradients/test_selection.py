@@ -138,3 +138,14 @@ def test_selection_leaves_no_trace() -> None:
     before = {name: parameter.clone() for name, parameter in module.state_dict().items()}
     select(module, "all")
     assert all(torch.equal(before[name], value) for name, value in module.state_dict().items())
+
+
+def test_a_name_that_reads_as_a_glob_is_a_name() -> None:
+    module = nn.ModuleDict(
+        {"a[0]": nn.Linear(2, 2), "a0": nn.Linear(2, 2), "b*": nn.Linear(2, 2), "bc": nn.Linear(2, 2)}
+    )
+    names = [name for name, _ in module.named_parameters()]
+    assert select(module, names).names == tuple(names)
+    assert select(module, "a[0].weight").names == ("a[0].weight",)
+    assert select(module, "b*.weight").names == ("b*.weight",)
+    assert select(module, "a[0].*").names == ("a0.weight", "a0.bias")  # no name, so a glob

@@ -212,6 +212,14 @@ def test_laid_flat_in_any_order() -> None:
     assert target.flat({name: shape for name, shape in shapes.items() if name != "hidden.bias"}).sum() == target.size
 
 
+def test_what_is_trained_now_is_compared_both_ways() -> None:
+    model = Small()
+    target = TargetParameters.of(model, {"hidden.bias": torch.ones(4, dtype=torch.bool)})
+    target.check_trained(list(target.shapes))
+    with pytest.raises(CaptureError, match=r"(?s)found: words\.weight, norm\.bias frozen and other trained.*choose K"):
+        target.check_trained([name for name in target.shapes if name not in ("words.weight", "norm.bias")] + ["other"])
+
+
 def test_another_model_is_recognised() -> None:
     target = chosen_units(Small(), 0.5, lambda layer: torch.arange(4 if layer == "hidden" else 3), {})
     shapes = {name: tuple(p.shape) for name, p in Small().named_parameters()}
