@@ -111,9 +111,9 @@ def edited(
 
 
 def left_over(edit: ModelEdit) -> float | None:
-    """What the one linear step of an edit leaves of the gradient; of several, each tells of its own share alone."""
-    steps = edit.record["steps"]
-    return None if len(steps) > 1 else steps[0]["left"]
+    """What an edit leaves of the gradient, for the methods that say so."""
+    left: float | None = edit.record["left"]
+    return left
 
 
 def builder(config: DictConfig, images: ImageSplits) -> Callable[[], ImageClassifier]:
