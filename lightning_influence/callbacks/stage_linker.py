@@ -74,7 +74,7 @@ class StageLinker(Callback):
         self._host: GradientSnapshot | CurvatureSnapshot | None = None
         self._own: ArtifactStore | None = None
         self._earlier: ArtifactStore | None = None
-        self._begun = False
+        self._link: StageLink | None = None  # as all ranks know it; only rank zero reads what it has written
 
     @property
     def state_key(self) -> str:
@@ -106,7 +106,7 @@ class StageLinker(Callback):
         again = self._fitted is not None and self._fitted() is trainer and trainer.global_step > 0
         if not again:
             self._seen, self._own, self._rates = 0, None, OptimizerRecord()
-        self._fitted, self._begun = weakref.ref(trainer), False
+        self._fitted, self._link = weakref.ref(trainer), None
         self._root = shared_folder(trainer, self.store)
         if self.store is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.store = self._root
@@ -124,15 +124,15 @@ class StageLinker(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Before the first step: hold the shared weights against the pretraining run's."""
-        if not self._begun:
+        if self._link is None:
             self._begin(trainer, pl_module)
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
         assert self._earlier is not None
         store = self._opened(trainer, module)
         match = matched(module, self._earlier, self.shared, self.fresh)
-        known, identity = store.link, self._earlier.identity
-        if known is None:
+        link, identity = trainer.strategy.broadcast(store.link), self._earlier.identity
+        if link is None:
             converted = compared(module, match.shared, self._earlier)
             root = self._earlier.root
             link = StageLink(
@@ -152,15 +152,15 @@ class StageLinker(Callback):
                 f"StageLinker: {len(match.shared)} of {sum(1 for _ in module.parameters())} parameters begin at the "
                 f"weights of {root}" + (f", {len(converted)} of them converted" if converted else "")
             )
-        elif (known.parent, dict(known.shared)) != (identity, dict(match.shared)):
+        elif (link.parent, dict(link.shared)) != (identity, dict(match.shared)):
             raise StoreError(
                 f"the store at {store.root} is linked otherwise already",
-                expected=f"the pretraining run {known.parent[:12]} in {known.parent_folder}, and the names there",
+                expected=f"the pretraining run {link.parent[:12]} in {link.parent_folder}, and the names there",
                 found=f"the run {identity[:12]} in {self._earlier.root}, {len(match.shared)} shared parameters",
                 hint="resume with the StageLinker of the first run, or give this one another folder",
             )
         trainer.strategy.barrier("influence-link")
-        self._begun = True
+        self._link = link
 
     def _opened(self, trainer: Trainer, module: LightningModule) -> ArtifactStore:
         """The store of the snapshot that shares the folder, or one of its own."""
@@ -196,12 +196,11 @@ class StageLinker(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the final weights, and say what became of the shared ones."""
-        if not self._begun:
+        link = self._link
+        if link is None:
             return  # there was nothing to train
         store = self.artifacts
         self._checkpoint(trainer, pl_module)
-        link = store.link
-        assert link is not None and self._earlier is not None
         still, moved = set(_still(pl_module, trainer)), self._moved(pl_module, link)
         declared = still & set(link.frozen)
         wrong = tuple(name for name in link.shared if name in moved and name in declared)
@@ -256,7 +255,7 @@ class StageLinker(Callback):
         return {
             "batches": self._seen,
             "rates": self._rates.state_dict(),
-            "root": str(self.artifacts.root) if self._begun else None,
+            "root": None if self._link is None else str(self.artifacts.root),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -21,7 +21,7 @@ from lightning_influence.errors import QueryError
 from lightning_influence.estimators.estimator import Attributor, Estimator, Queries, ScoreBlock, Stage, Term
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.fitted import check_model, check_training_data
-from lightning_influence.gradients import Dense, Gradients, accumulation_dtype, select
+from lightning_influence.gradients import Dense, Gradients, Rows, accumulation_dtype, select, word_embeddings
 from lightning_influence.objective import PerSample
 from lightning_influence.replay import TrainingData
 from lightning_influence.stages import (
@@ -176,7 +176,11 @@ class MultiStage(Attributor):
             answer = problem.answer({name: v[name] for name in problem.trained})
             cross = problem.cross(frozen, self.train_data(stage)) if frozen and not self.ignore_cross_terms else None
             with stage.at(problem.found.at):
-                return pulled_back(v, answer, problem.link.shared, frozen, cross)
+                found = pulled_back(v, answer, problem.link.shared, frozen, cross)
+        for name in _tables(stage.module, problem.link):  # of a look-up every sample touches a few rows
+            if isinstance(block := found.get(name), Dense):
+                found[name] = Rows.from_dense(block.values)
+        return found
 
     def problem(self, stage: Stage) -> FinetuningProblem:
         """The finetuning run as what a gradient is pulled back through."""
@@ -339,6 +343,13 @@ class FinetuningProblem:
                 "trained parameters; where new parameters cannot be solved for, ignore_cross_terms=True leaves their "
                 "answer out",
             )
+
+
+def _tables(module: nn.Module | None, link: StageLink) -> list[str]:
+    """The shared word embeddings, by the earlier run's names."""
+    if module is None or not word_embeddings(module):
+        return []
+    return [link.shared[name] for name in select(module, "word_embeddings").names if name in link.shared]
 
 
 @contextmanager

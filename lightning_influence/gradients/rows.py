@@ -61,6 +61,13 @@ class Rows(GradientBlock):
         )
 
     @classmethod
+    def from_dense(cls, values: Tensor) -> Rows:
+        """The rows of written-out gradients (N, V, D) that are not zero."""
+        owners, words = (values != 0).any(2).nonzero(as_tuple=True)
+        count, num_words, _ = values.shape
+        return cls.from_pairs(words, owners, values[owners, words], num_samples=count, num_words=num_words)
+
+    @classmethod
     def from_tokens(
         cls, token_ids: Tensor, output_grads: Tensor, *, num_words: int, padding_idx: int | None = None
     ) -> Rows:

@@ -15,7 +15,7 @@ from lightning_influence.artifacts import UNBOUNDED
 from lightning_influence.errors import QueryError
 from lightning_influence.estimators.estimator import Stage, Term, by_span, train_side
 from lightning_influence.estimators.word_matching import matches_of_pairs, ragged
-from lightning_influence.gradients import Dense, GradientBlock, Gradients, Rows
+from lightning_influence.gradients import GradientBlock, Gradients, Rows
 
 Decode: TypeAlias = Callable[[int], str]
 Decoders: TypeAlias = Decode | Mapping[str, Decode] | None  # one for all, or by embedding weight
@@ -114,11 +114,6 @@ def _meetings(places: Tensor, wanted: Tensor, held: Tensor) -> tuple[Tensor, Ten
 
 
 def _words(name: str, block: GradientBlock) -> Rows:
-    """The rows of a look-up's gradients; of those pulled back through a dense curvature, all that are not empty."""
-    if isinstance(block, Dense) and len(block.shape) == 2:
-        owners, words = (block.values != 0).any(2).nonzero(as_tuple=True)
-        rows = block.values[owners, words]
-        return Rows.from_pairs(words, owners, rows, num_samples=block.num_samples, num_words=block.shape[0])
     if not isinstance(block, Rows):
         raise QueryError(
             f"the gradients of '{name}' have no words",

@@ -18,7 +18,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
@@ -183,7 +182,7 @@ def pulled_back(
     shared: Mapping[str, str],
     frozen: Collection[str],
     cross: Callable[[Gradients], Gradients] | None,
-) -> Gradients:
+) -> dict[str, GradientBlock]:
     """The gradient of m with respect to the weights that finetuning began from, by the earlier run's names.
 
     Args:
@@ -194,7 +193,7 @@ def pulled_back(
         cross: x -> ∇²_{W_f y}F x; `None` leaves it out.
     """
     through = {} if cross is None else cross(answer.moved)
-    found: dict[str, Any] = {}
+    found: dict[str, GradientBlock] = {}
     for name, earlier in shared.items():
         if name in frozen:
             block = v[name]
@@ -225,8 +224,18 @@ def _solved(trained: Trained, v: Gradients, held: Held) -> Gradients:
         out = curvature.matvec(space.named(rows, space.names, v), rows=space.names)
         return space.rows(out, rows).to(rows) + diagonal * rows
 
+    means = {name: float(value.mean()) if isinstance(value, Tensor) else value for name, value in held.items()}
+    nearby = None if curvature.needs_model else curvature.decayed(means)
+
+    def preconditioned(rows: Tensor) -> Tensor:
+        assert nearby is not None
+        return space.rows(nearby.solve(space.named(rows, space.names, v), damping), rows).to(rows)
+
     with solving_bar("minres", "product") as progress:
-        found = minres(product, b, tolerance=_tolerance(b), max_iterations=_MOST_STEPS, progress=progress)
+        found = minres(
+            product, b, tolerance=_tolerance(b), max_iterations=_MOST_STEPS, progress=progress,
+            preconditioner=None if nearby is None else preconditioned,
+        )  # fmt: skip
     if not found.converged:
         rank_zero_warn(
             f"the answer of the finetuning run did not converge: relative residual {float(found.residual.max()):.1e} "

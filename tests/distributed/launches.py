@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 
-from lightning_influence import CurvatureSnapshot, GradientSnapshot
+from lightning_influence import CurvatureSnapshot, GradientSnapshot, StageLinker, link_checkpoint
 from lightning_influence.callbacks import replay_recorder
 from lightning_influence.curvature import Diagonal
 from lightning_influence.errors import InfluenceError
@@ -71,6 +71,23 @@ def curvature(folder: str, what: str) -> None:
     runner.fit(Classifier(), loader(shuffle=True))
 
 
+def stages(folder: str, what: str) -> None:
+    """A finetuning run that begins at the embedding of a store: "alone", "beside" a curvature, or without a "link"."""
+    pretrained = Classifier()
+    torch.manual_seed(3)
+    with torch.no_grad():
+        pretrained.embedding.weight.normal_()
+    if os.environ.get("LOCAL_RANK", "0") == "0" and not Path(folder, "pretraining").exists():
+        link_checkpoint(pretrained, f"{folder}/pretraining", loader(), statistics=None)
+    store = snapshot(folder, what, "replay").store
+    linker = StageLinker(store, pretrain=f"{folder}/pretraining", fresh="head.*")
+    ours: dict[str, list[Callback]] = {"link": [], "alone": [linker], "beside": [linker, CurvatureSnapshot(store)]}
+    torch.manual_seed(7)
+    module = Classifier()
+    module.embedding.load_state_dict(pretrained.embedding.state_dict())
+    trainer(Watch(f"{folder}/{what}"), *ours[what], strategy="ddp", devices=2).fit(module, loader(shuffle=True))
+
+
 def refusals(folder: str) -> None:
     """Both ranks end, rank zero with the library's own error, where it finds a folder that is not empty."""
     Path(folder, "full").mkdir(exist_ok=True)
@@ -89,5 +106,7 @@ if __name__ == "__main__":
             refusals(sys.argv[1])
         elif strategy == "curvature":
             curvature(sys.argv[1], what)
+        elif strategy == "stages":
+            stages(sys.argv[1], what)
         else:
             fit(sys.argv[1], strategy, what)
