@@ -5,7 +5,7 @@ predictions are traced back through the link to the passages: influence function
 TracIn-WE behind the same link says which words carry it.
 
 python recipes/pretraining_passages.py                                                # docstrings, some minutes
-python recipes/pretraining_passages.py setting=passages_imdb_sst2 data_root=/path/to/data
+python recipes/pretraining_passages.py setting=pretraining_passages_reviews data_root=/path/to/data
 """
 
 from __future__ import annotations
