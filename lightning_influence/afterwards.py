@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from lightning_influence.artifacts import ArtifactStore, Checkpoint, Manifest, ParameterGroup
+from lightning_influence.artifacts import ArtifactStore, Checkpoint, ParameterGroup
 from lightning_influence.curvature import (
     CurvatureStatistics,
     TrainingEvidence,
@@ -27,7 +27,7 @@ from lightning_influence.curvature import (
 )
 from lightning_influence.curvature.rehearsal import rehearse
 from lightning_influence.errors import QueryError, StoreError, UnsupportedError
-from lightning_influence.fitted import check_model, check_training_data, weights_at
+from lightning_influence.fitted import check_model, check_training_data, header, weights_at
 from lightning_influence.gradients import select
 from lightning_influence.objective import Labels, PerSample
 from lightning_influence.replay import TrainingData
@@ -137,17 +137,7 @@ def link_checkpoint(
         if checkpoint is not None:
             _load(module, _weights_of(checkpoint), checkpoint)
         check = self_check(module, select(module, parameters), _in_precision(data, module), None, per_sample_loss)
-        manifest = Manifest(
-            dataset_length=len(data),
-            dataset_fingerprint=data.fingerprint(),
-            parameters=Manifest.describe(module.named_parameters()),
-            selected=(),
-            mode="replay",
-            shard_size=max(1, len(data)),
-            dtype="float32",
-            module_class=f"{type(module).__module__}.{type(module).__qualname__}",
-            settings={"reduction": check.reduction, "look_ups": []},
-        )
+        manifest = header(module, len(data), data.fingerprint(), reduction=check.reduction)
         made = ArtifactStore.create(store, manifest)
         names = tuple(name for name, p in module.named_parameters() if p.requires_grad)
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]

@@ -12,9 +12,33 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor
 
-from lightning_influence.artifacts import ArtifactStore, Checkpoint
+from lightning_influence.artifacts import ArtifactStore, Checkpoint, Manifest
 from lightning_influence.errors import QueryError, StoreError
 from lightning_influence.replay import TrainingData
+
+
+def header(
+    module: LightningModule,
+    length: int,
+    fingerprint: str,
+    *,
+    reduction: str,
+    look_ups: Collection[str] = (),
+    hyper_parameters: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """The manifest of a store that holds weights and curvature alone."""
+    return Manifest(
+        dataset_length=length,
+        dataset_fingerprint=fingerprint,
+        parameters=Manifest.describe(module.named_parameters()),
+        selected=(),
+        mode="replay",
+        shard_size=max(1, length),
+        dtype="float32",
+        module_class=f"{type(module).__module__}.{type(module).__qualname__}",
+        hyper_parameters=hyper_parameters,
+        settings={"reduction": reduction, "look_ups": sorted(look_ups)},
+    )
 
 
 def rebuilt(kind: type[LightningModule], store: ArtifactStore) -> LightningModule:

@@ -11,6 +11,7 @@ from lightning_influence.artifacts import UNBOUNDED, ArtifactStore, Manifest
 from lightning_influence.callbacks.capture_plan import CapturePlan
 from lightning_influence.callbacks.replay_recorder import shard_size
 from lightning_influence.callbacks.trainer_support import hyper_parameters, the_loader
+from lightning_influence.fitted import header
 from lightning_influence.gradients import Selection
 from lightning_influence.objective import Reduction
 from lightning_influence.replay import TrainingData
@@ -54,17 +55,13 @@ def curvature_manifest(
     trainer: Trainer, module: LightningModule, data: TrainingData, selection: Selection, reduction: Reduction
 ) -> Manifest:
     """The header of a new store that holds weights and curvature alone, the same on every rank."""
-    return Manifest(
-        dataset_length=len(data),
-        dataset_fingerprint=trainer.strategy.broadcast(data.fingerprint()),
-        parameters=Manifest.describe(module.named_parameters()),
-        selected=(),
-        mode="replay",
-        shard_size=max(1, len(data)),
-        dtype="float32",
-        module_class=f"{type(module).__module__}.{type(module).__qualname__}",
+    return header(
+        module,
+        len(data),
+        trainer.strategy.broadcast(data.fingerprint()),
+        reduction=reduction,
+        look_ups=selection.input_only,
         hyper_parameters=hyper_parameters(module),
-        settings={"reduction": reduction, "look_ups": sorted(selection.input_only)},
     )
 
 

@@ -94,6 +94,13 @@ class MultiStage(Attributor):
                     found=repr(value),
                     hint=f"write {hint}",
                 )
+        if finetuned is not None and finetuned.inverse.target is not None:
+            raise QueryError(
+                "a query is pulled back through all that finetuning trained",
+                expected="finetuned=InfluenceFunction(...), without target parameters",
+                found=repr(finetuned),
+                hint="target parameters belong into the inner estimator",
+            )
         self.inner, self.link = inner, link or Proximity()
         self.finetuned = finetuned or InfluenceFunction()
         self.module, self.train_loader, self.store = module, train_loader, store

@@ -203,7 +203,9 @@ def pulled_back(
             block = answer.kept[name]
         else:
             continue
-        found[earlier] = block if earlier not in found else found[earlier].plus(block)
+        if earlier in found:  # tied there, untied here
+            block = Dense(found[earlier].dense() + block.dense().to(found[earlier].device))
+        found[earlier] = block
     return found
 
 

@@ -30,6 +30,7 @@ from lightning_influence import (
     TracIn,
     UnsupportedError,
 )
+from lightning_influence.cli import inspected
 from tests.callbacks.fits import WARNINGS
 from tests.two_stages import Network, data
 
@@ -117,6 +118,8 @@ def test_the_link_says_what_became_of_the_shared_weights(tmp_path, pretraining, 
     assert store.verify() == []
     weights = store.weights(store.checkpoints()[-1])
     assert all(torch.equal(weights[name], p) for name, p in module.named_parameters())
+    frozen_of = "2 frozen, 0 tuned" if frozen else "0 frozen, 2 tuned"
+    assert f"began from    2 parameters of {folder}" in inspected(store)[0] and frozen_of in inspected(store)[0]
 
 
 def test_adam_says_its_denominators(tmp_path, pretraining):
