@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,7 +30,7 @@ from lightning_influence.curvature import (
 from lightning_influence.errors import QueryError
 from lightning_influence.estimators.estimator import Estimator, Stage, Term
 from lightning_influence.estimators.tracin import look_ups
-from lightning_influence.gradients import Gradients, TargetParameters, select
+from lightning_influence.gradients import Gradients, TargetParameters, meant, select
 from lightning_influence.objective import Labels
 from lightning_influence.replay import TrainingData
 
@@ -335,7 +334,7 @@ def _chosen(known: tuple[str, ...], globs: Sequence[str] | None) -> tuple[str, .
     """Those of the known parameters that the globs name; a QueryError for a glob that names none."""
     if globs is None:
         return known
-    found = {glob: {glob} if glob in known else set(fnmatch.filter(known, glob)) for glob in globs}  # a name is no glob
+    found = {glob: meant(glob, known) for glob in globs}
     if unmatched := [glob for glob, names in found.items() if not names]:
         raise QueryError(
             f"InfluenceFunction(parameters=...) names what is not known here: {', '.join(unmatched)}",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Literal, TypeAlias
 
@@ -20,7 +19,7 @@ from lightning_influence.estimators.estimator import (
     require_parameters,
     unchanged,
 )
-from lightning_influence.gradients import GradientBlock, Gradients, TargetParameters, select
+from lightning_influence.gradients import GradientBlock, Gradients, TargetParameters, meant, select
 
 Preconditioner: TypeAlias = Literal["optimizer"] | None
 
@@ -85,9 +84,9 @@ class TracIn(Estimator):
         known = stage.parameters
         if self._globs is None:
             return stage.store.manifest.selected or (known if stage.module is None else _trained(stage.module, known))
-        unmatched = [g for g in self._globs if not fnmatch.filter(known, g)]
-        require_parameters(stage, unmatched, type(self).__name__)
-        return tuple(name for name in known if any(fnmatch.fnmatchcase(name, g) for g in self._globs))
+        found = {glob: meant(glob, known) for glob in self._globs}
+        require_parameters(stage, [glob for glob, names in found.items() if not names], type(self).__name__)
+        return tuple(name for name in known if any(name in names for names in found.values()))
 
     def sides(self, stage: Stage, names: Sequence[str]) -> tuple[Transform, Transform]:
         """What the query's and the training gradients pass through, before rates and preconditioner."""

@@ -16,7 +16,7 @@ from lightning_influence.gradients.low_rank import LowRankGradients
 from lightning_influence.gradients.projection import FactorProjection, Projection, RandomProjection
 from lightning_influence.gradients.rows import Rows
 from lightning_influence.gradients.rules import LayerCall, gradient_rule
-from lightning_influence.gradients.selection import Selection, select, word_embeddings
+from lightning_influence.gradients.selection import Selection, meant, select, word_embeddings
 from lightning_influence.gradients.target import LayerShare, TargetParameters, chosen_units
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "chosen_units",
     "gradient_rule",
     "inner",
+    "meant",
     "pack",
     "select",
     "unpack",

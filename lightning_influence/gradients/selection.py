@@ -75,10 +75,8 @@ def select(module: nn.Module, parameters: str | Sequence[str], *, input_only: It
                 found = _last_layer(module, canonical)
             elif want == "all":
                 found = {canonical[id(p)] for p in module.parameters() if p.requires_grad}
-            elif want in aliases:  # a name may read as a glob: "[" and "*" in keys of a ModuleDict
-                found = {canonical[aliases[want]]}
             else:
-                found = {canonical[key] for name, key in aliases.items() if fnmatchcase(name, want)}
+                found = {canonical[aliases[name]] for name in meant(want, aliases)}
             look_ups -= found
         if not found:
             raise _nothing(want, list(aliases))
@@ -94,6 +92,12 @@ def select(module: nn.Module, parameters: str | Sequence[str], *, input_only: It
         input_only=frozenset(look_ups),
         module=module,
     )
+
+
+def meant(want: str, known: Iterable[str]) -> list[str]:
+    """The names that a name or a glob means; what is a name is no glob: keys of a ModuleDict may have "[" in them."""
+    names = list(known)
+    return [want] if want in names else [name for name in names if fnmatchcase(name, want)]
 
 
 def word_embeddings(module: nn.Module) -> list[tuple[str, nn.Embedding | nn.EmbeddingBag]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import TypeAlias
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_influence.artifacts import ArtifactStore
 from lightning_influence.errors import StoreError
+from lightning_influence.gradients import meant
 
 SharedNames: TypeAlias = Mapping[str, str] | None
 
@@ -47,7 +47,7 @@ def matched(module: nn.Module, earlier: ArtifactStore, shared: SharedNames, fres
     names = {id(p): name for name, p in module.named_parameters()}
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     theirs = {name: tuple(spec.shape) for name, spec in earlier.manifest.parameters.items()}
-    if unknown := [glob for glob in fresh if not any(fnmatchcase(name, glob) for name in mine)]:
+    if unknown := [glob for glob in fresh if not meant(glob, mine)]:
         raise _refused(f"fresh= names what is no parameter here: {', '.join(unknown)}", mine, unknown[0])
     if shared is None:
         common = [name for name in shapes if name in theirs]
@@ -138,11 +138,7 @@ def _pairs(shared: Mapping[str, str], theirs: Mapping[str, str]) -> list[tuple[s
                 hint="write one star on each side, or none",
             )
         before, _, after = pattern.partition("*")
-        matching = (
-            [pattern]
-            if pattern in theirs
-            else [name for name in theirs if "*" in pattern and fnmatchcase(name, pattern)]
-        )
+        matching = meant(pattern, theirs) if "*" in pattern else [name for name in theirs if name == pattern]
         if not matching:
             raise _refused(f"the earlier run has no parameter {pattern!r}, which shared= names", theirs, pattern)
         for name in matching:
@@ -152,7 +148,7 @@ def _pairs(shared: Mapping[str, str], theirs: Mapping[str, str]) -> list[tuple[s
 
 
 def _any(name: str, globs: Collection[str]) -> bool:
-    return any(fnmatchcase(name, glob) for glob in globs)
+    return any(meant(glob, [name]) for glob in globs)
 
 
 def _some(names: Collection[str]) -> str:
