@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -121,7 +122,8 @@ def link_checkpoint(
         checkpoint: a Lightning checkpoint, a file of a state_dict (torch's or safetensors), a state_dict; `None` takes
             the weights that the module has. Files are read without executing anything.
         statistics: the curvature to estimate at once; `None` leaves it to `add_curvature`, or to `MatrixFree()`.
-        weight_decay: of the training, as its SGD or Adam had it: the factor of θ in the gradient of the mean loss.
+        weight_decay: of the training, as its SGD or Adam had it: the factor of θ beside the gradient of what
+            `training_step` returns.
         parameters, labels, at_most, seed, batch_size, per_sample_loss: as in `CurvatureSnapshot`.
 
     Returns:
@@ -131,8 +133,20 @@ def link_checkpoint(
         StoreError: a folder that is not empty; weights that do not fit the module, or cannot be read.
         CurvatureError, CaptureError, LossError, UnsupportedError: as from `CurvatureSnapshot`.
     """
+    if isinstance(weight_decay, bool) or not isinstance(weight_decay, (int, float)) or not 0 <= weight_decay < 1e300:
+        raise UnsupportedError(
+            "this is no weight decay",
+            expected="a number, 0 or more",
+            found=repr(weight_decay),
+            hint="pass the optimizer's weight_decay",
+        )
+    chosen = None if statistics is None else statistics_of(statistics)
+    if chosen is not None:
+        refuse_labels(chosen, labels)
+    _check_arguments(labels, seed, at_most=at_most, batch_size=batch_size)
     data = TrainingData.of(train_loader, forked=True)
     own = {name: value.detach().clone() for name, value in module.state_dict().items() if isinstance(value, Tensor)}
+    made: ArtifactStore | None = None
     try:
         if checkpoint is not None:
             _load(module, _weights_of(checkpoint), checkpoint)
@@ -143,11 +157,15 @@ def link_checkpoint(
         frozen = [name for name, p in module.named_parameters() if not p.requires_grad]
         group = ParameterGroup("elsewhere", 0, names, 1.0, 1.0, {"weight_decay": float(weight_decay)})
         made.commit_checkpoint(Checkpoint(0, 0, 0, (group,)), made.write_weights(0, 0, module.state_dict(), frozen))
-        if statistics is not None:
+        if chosen is not None:
             add_curvature(
-                module, made, train_loader, statistics, parameters=parameters, labels=labels, at_most=at_most,
+                module, made, train_loader, chosen, parameters=parameters, labels=labels, at_most=at_most,
                 seed=seed, batch_size=batch_size, per_sample_loss=per_sample_loss,
             )  # fmt: skip
+    except BaseException:
+        if made is not None:
+            shutil.rmtree(made.root)  # it was empty or new: the same call can be made again
+        raise
     finally:
         module.load_state_dict(own, strict=False)
     return ArtifactStore.open(store)
@@ -158,13 +176,13 @@ def _weights_of(checkpoint: str | os.PathLike[str] | Mapping[str, Any]) -> Mappi
     if isinstance(checkpoint, Mapping):
         found: Any = checkpoint
     else:
-        path = Path(checkpoint)
         try:
+            path = Path(checkpoint)
             safe = path.suffix == ".safetensors"
             found = load_file(path) if safe else torch.load(path, map_location="cpu", weights_only=True)
-        except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        except (OSError, RuntimeError, TypeError, ValueError, EOFError, SafetensorError, pickle.PickleError) as error:
             raise StoreError(
-                f"{path} cannot be read as a checkpoint",
+                f"{checkpoint} cannot be read as a checkpoint",
                 expected="a Lightning checkpoint, or a state_dict as torch.save or safetensors write it, of tensors "
                 "and plain values alone",
                 found=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",

@@ -79,7 +79,8 @@ def _each_run(stage: Stage, estimator: Attributor, queries: Queries) -> Iterator
     """Who scores the samples of each run, the one that was asked first."""
     while isinstance(estimator, MultiStage):
         yield estimator.own(stage), stage, queries
-        stage, queries, estimator = estimator.parent(stage), estimator.pulled(stage, queries), estimator.inner
+        queries = estimator.pulled(stage, queries, of_any=isinstance(estimator.inner, MultiStage))
+        stage, estimator = estimator.parent(stage), estimator.inner
     yield estimator, stage, queries
 
 

@@ -161,7 +161,7 @@ class InfluenceModule(Questions, LightningModule):
             rank=rank,
             dtype=dtype,
             scores_file=None if scores_file is None else Path(scores_file),
-            question=about if stage.store is self.store else f"{about} {self.estimator!r} {self.store.identity}",
+            question=about if stage.store is self.store else f"{about} {self.estimator!r} {self._known_by()}",
         )
         return self._prepared
 
@@ -268,6 +268,10 @@ class InfluenceModule(Questions, LightningModule):
         refuse_meaningless(self.estimator, self._merged)
 
     # -- inside -----------------------------------------------------------------------------------------------------
+
+    def _known_by(self) -> str:
+        """What scores through this run depend on of its store."""
+        return f"{self.store.identity} {[file.sha256 for file in self.store.artifacts('curvature')]} {self.store.link}"
 
     def _merged_answers(self) -> Attribution | None:
         """The answers to the queries of all ranks."""

@@ -112,9 +112,10 @@ class Questions:
         estimator, stage = self._bilinear("words")
         queries = self.estimator.asked(self.stage, self._queries([batch]))
         ids = table_of_ids(sample_ids, len(queries))
-        terms = estimator.terms(stage)
         with token_look_ups(self.user) as seen:
-            transformed = query_side(terms, queries, stage.projection)
+            self.measure(batch)
+        terms = estimator.terms(stage)
+        transformed = query_side(terms, queries, stage.projection)
         found = word_contributions(terms, transformed, stage, ids)
         texts = {table: token_sequences(seen, len(queries), table) for table in {look_up.table for look_up in seen}}
         tokens = [{table: of_table[q] for table, of_table in texts.items()} for q in range(len(queries))]
@@ -158,7 +159,9 @@ class Questions:
             QueryError: an estimator that is no `MultiStage`, or only ranks; a store without the runs' gradients.
         """
         wanted = self.k if k is None else k
-        return mixed_attribution(self.stage, self.estimator, self._queries([batch]), wanted)
+        if not isinstance(wanted, Integral) or wanted < 1:
+            raise QueryError("k must be positive", expected="an integer >= 1", found=repr(k), hint="leave k out")
+        return mixed_attribution(self.stage, self.estimator, self._queries([batch]), int(wanted))
 
     def predict_removal(self, batch: Any, sample_ids: Tensor | Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         """Predicted change of each query's m when training samples are removed and the model is trained again.

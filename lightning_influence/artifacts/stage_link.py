@@ -20,16 +20,16 @@ class StageLink:
         parent_folder: where that store was, absolute.
         parent_beside: the same relative to this store: both may have moved together.
         shared: this run's parameter name -> the earlier run's, for all that began at the earlier run's final weights.
-        frozen: of this run's parameters those that no optimizer moved, whether shared or not.
+        frozen: of this run's parameters those that stayed where they were, whether shared or not.
         moved_though_frozen: shared parameters that were declared frozen, and have changed all the same.
         travel: Σ_t η_t/(1 − β) of every parameter that SGD trained, Σ_t η_t of those whose optimizer divides by
-            √v̂+ε: how far training can go; empty until the fit has ended.
+            √v̂+ε, over the steps in which it had a gradient: how far training can go; empty until the fit has ended.
         preconditioned: the latter.
         optimizers: class names of the optimizers.
-        alpha: α of a penalty α‖W − W*‖² in the finetuning loss, if it has one.
+        alpha: α that `Proximity()` takes, if the run said one.
         converted: shared parameters whose type differs, as "float32 -> bfloat16".
         other_shapes: parameters of one name and other shapes, such as resized heads; they are not shared.
-        shared_sha256: checksum over the shared weights as this run began.
+        start: 16 hex digits over the content of every parameter as this run began.
         complete: whether the fit reached its end.
     """
 
@@ -45,7 +45,7 @@ class StageLink:
     alpha: float | None = None
     converted: Mapping[str, str] = field(default_factory=dict)
     other_shapes: tuple[str, ...] = ()
-    shared_sha256: str = ""
+    start: Mapping[str, str] = field(default_factory=dict)
     complete: bool = False
 
     def __str__(self) -> str:
@@ -92,6 +92,6 @@ class StageLink:
             alpha=None if fields.record.get("alpha") is None else fields.number("alpha"),
             converted=table("converted"),
             other_shapes=fields.texts("other_shapes"),
-            shared_sha256=fields.text("shared_sha256"),
-            complete=bool(fields.record.get("complete")),
+            start=table("start"),
+            complete=fields.record.get("complete") is True,
         )

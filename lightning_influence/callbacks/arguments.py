@@ -59,6 +59,11 @@ def folder_or_none(name: str, value: object) -> None:
         )
 
 
+def folder(name: str, value: object) -> None:
+    """UnsupportedError if `value` is no path, or `None`."""
+    folder_or_none(name, ... if value is None else value)
+
+
 def callable_or_none(name: str, value: Any) -> Any:
     """`value`; UnsupportedError if it is something that cannot be called."""
     if value is not None and not callable(value):

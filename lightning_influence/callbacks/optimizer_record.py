@@ -174,4 +174,4 @@ def _plain(value: Any) -> Any:
         return value.item()
     if isinstance(value, (tuple, list)):
         return [_plain(v) for v in value]
-    return value if isinstance(value, (bool, int, float, str)) else torch.as_tensor(value).item()
+    return value if value is None or isinstance(value, (bool, int, float, str)) else torch.as_tensor(value).item()

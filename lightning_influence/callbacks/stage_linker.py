@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lightning_influence.artifacts import ArtifactStore, Checkpoint, StageLink
-from lightning_influence.callbacks.arguments import callable_or_none, folder_or_none, names
+from lightning_influence.callbacks.arguments import callable_or_none, folder, folder_or_none, names
 from lightning_influence.callbacks.checkpointing import commit_checkpoint, write_checkpoint
 from lightning_influence.callbacks.curvature_snapshot import CurvatureSnapshot
 from lightning_influence.callbacks.gradient_snapshot import GradientSnapshot
 from lightning_influence.callbacks.opening import curvature_manifest, open_store, training_data
 from lightning_influence.callbacks.optimizer_record import OptimizerRecord, denominators
 from lightning_influence.callbacks.trainer_support import refuse_strategy, shared_folder
-from lightning_influence.errors import StoreError
+from lightning_influence.callbacks.travel_record import TravelRecord
+from lightning_influence.errors import CaptureError, StoreError
 from lightning_influence.gradients import select
-from lightning_influence.objective import PerSample
+from lightning_influence.objective import PerSample, Reduction
+from lightning_influence.replay import TrainingData
 from lightning_influence.self_check import self_check
-from lightning_influence.stages import SharedNames, ancestors, checksum, compared, matched, travelled
+from lightning_influence.stages import (
+    SharedNames,
+    ancestors,
+    checksums,
+    compared,
+    goes_along_the_gradient,
+    matched,
+)
 
 
 class StageLinker(Callback):
@@ -42,7 +52,8 @@ class StageLinker(Callback):
         shared: `None` takes all parameters of one name and shape; otherwise from the pretraining run's names to this
             run's: `{"encoder.*": "backbone.encoder.*"}`, or name by name.
         fresh: globs over this run's names: parameters that begin anew although name and shape are alike (`"head.*"`).
-        proximity: α of a penalty α‖W − W*‖² that the finetuning loss really has; `None` if it has none.
+        proximity: α that `Proximity()` is to take of this run, in place of that of its learning rates: where something
+            other than the training loss held the weights to W*, as weight decay towards W* does.
         dataloader: the training data, where they are not the Trainer's.
         per_sample_loss: (module, batch) -> (N,), as in `GradientSnapshot`; of no use beside one.
 
@@ -63,13 +74,14 @@ class StageLinker(Callback):
         per_sample_loss: PerSample | None = None,
     ) -> None:
         folder_or_none("store", store)
-        folder_or_none("pretrain", pretrain)
-        self.store, self.pretrain, self.shared = store, pretrain, None if shared is None else dict(shared)
+        folder("pretrain", pretrain)
+        self.store, self.pretrain, self.shared = store, pretrain, _checked_names(shared)
         given = names("fresh", fresh) if fresh else ()
         self.fresh = (given,) if isinstance(given, str) else given
         self.proximity = _checked_proximity(proximity)
         self.dataloader, self.per_sample_loss = dataloader, callable_or_none("per_sample_loss", per_sample_loss)
-        self._rates, self._seen, self._resumed_root = OptimizerRecord(), 0, None
+        self._rates, self._travel = OptimizerRecord(), TravelRecord()
+        self._seen, self._resumed_root, self._batch_size = 0, None, 1
         self._fitted: weakref.ref[Trainer] | None = None
         self._host: GradientSnapshot | CurvatureSnapshot | None = None
         self._own: ArtifactStore | None = None
@@ -105,7 +117,8 @@ class StageLinker(Callback):
         refuse_strategy(trainer)
         again = self._fitted is not None and self._fitted() is trainer and trainer.global_step > 0
         if not again:
-            self._seen, self._own, self._rates = 0, None, OptimizerRecord()
+            self._seen, self._own, self._resumed_root = 0, None, None
+            self._rates, self._travel = OptimizerRecord(), TravelRecord()
         self._fitted, self._link = weakref.ref(trainer), None
         self._root = shared_folder(trainer, self.store)
         if self.store is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -132,6 +145,7 @@ class StageLinker(Callback):
         store = self._opened(trainer, module)
         match = matched(module, self._earlier, self.shared, self.fresh)
         link, identity = trainer.strategy.broadcast(store.link), self._earlier.identity
+        self._batch_size = self._training_data(trainer).batch_size
         if link is None:
             converted = compared(module, match.shared, self._earlier)
             root = self._earlier.root
@@ -144,10 +158,9 @@ class StageLinker(Callback):
                 alpha=self.proximity,
                 converted=converted,
                 other_shapes=match.other_shapes,
-                shared_sha256=checksum(module, match.shared),
+                start=checksums(module),
             )
-            if trainer.is_global_zero:
-                store.record_link(link)
+            _warn_of_buffers(module, self._earlier)
             rank_zero_info(
                 f"StageLinker: {len(match.shared)} of {sum(1 for _ in module.parameters())} parameters begin at the "
                 f"weights of {root}" + (f", {len(converted)} of them converted" if converted else "")
@@ -159,6 +172,8 @@ class StageLinker(Callback):
                 found=f"the run {identity[:12]} in {self._earlier.root}, {len(match.shared)} shared parameters",
                 hint="resume with the StageLinker of the first run, or give this one another folder",
             )
+        if trainer.is_global_zero:
+            store.record_link(replace(link, complete=False))  # of a fit that is resumed too, until it ends
         trainer.strategy.barrier("influence-link")
         self._link = link
 
@@ -169,21 +184,24 @@ class StageLinker(Callback):
         if self._own is None:
             if self.store is None and self._resumed_root is not None:
                 self._root = Path(self._resumed_root)  # the log folder of a resumed run is a new one
-            data = training_data(trainer, self.dataloader, "replay", ids_known=False)
-            selection = select(module, "all")
-            check = self_check(module, selection, data, trainer, self.per_sample_loss)
-            manifest = curvature_manifest(trainer, module, data, selection, check.reduction)
+            data = self._training_data(trainer)
+            reduction = _reduction(module, data, trainer, self.per_sample_loss)
+            manifest = curvature_manifest(trainer, module, data, select(module, "all"), reduction)
             self._own = open_store(trainer, self._root, manifest, recorded=None if self._seen == 0 else self._seen)
             known = self._own.checkpoints()
             if known and known[-1].step == trainer.global_step:
                 self._rates.restart()  # resumed from a state that was saved just before this checkpoint was
         return self._own
 
+    def _training_data(self, trainer: Trainer) -> TrainingData:
+        return training_data(trainer, self.dataloader, "replay", ids_known=False)
+
     # -- during training --------------------------------------------------------------------------------------------
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        """Read the learning rate that this very step uses."""
+        """Read the learning rate that this very step uses, and what has a gradient."""
         self._rates.before_step(trainer, optimizer)
+        self._travel.before_step(trainer, pl_module, optimizer)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -191,6 +209,7 @@ class StageLinker(Callback):
         """Count the batch and its step."""
         self._seen += 1
         self._rates.settle(trainer)
+        self._travel.settle(trainer)
 
     # -- the end ----------------------------------------------------------------------------------------------------
 
@@ -201,21 +220,25 @@ class StageLinker(Callback):
             return  # there was nothing to train
         store = self.artifacts
         self._checkpoint(trainer, pl_module)
-        still, moved = set(_still(pl_module, trainer)), self._moved(pl_module, link)
-        declared = still & set(link.frozen)
-        wrong = tuple(name for name in link.shared if name in moved and name in declared)
+        now, still, gone = checksums(pl_module), set(_still(pl_module, trainer)), self._travel.sums
+        stayed = [name for name in now if now[name] == link.start[name]]
+        wrong = tuple(name for name in link.shared if name not in stayed and name not in gone)
         scales = denominators(trainer.optimizers, pl_module)
-        summed = store.manifest.settings.get("reduction") == "sum"
-        size = int(getattr(trainer.train_dataloader, "batch_size", None) or 1) if summed else 1
+        factor = self._batch_size if store.manifest.settings.get("reduction") == "sum" else 1
+        told = {
+            name
+            for optimizer in trainer.optimizers
+            for group in OptimizerRecord().groups([optimizer], pl_module)
+            for name in group.parameters
+            if goes_along_the_gradient(type(optimizer).__name__, name in scales)
+        }
         if trainer.is_global_zero:
             store.record_link(
                 replace(
                     link,
-                    frozen=tuple(
-                        name for name, _ in pl_module.named_parameters() if name in still and name not in moved
-                    ),
+                    frozen=tuple(name for name in stayed if name in still or name not in gone),
                     moved_though_frozen=wrong,
-                    travel=travelled(store.checkpoints(), set(scales), size),
+                    travel={name: length * factor for name, length in gone.items() if name in told},
                     preconditioned=tuple(scales),
                     optimizers=tuple(type(optimizer).__name__ for optimizer in trainer.optimizers),
                     complete=True,
@@ -238,16 +261,6 @@ class StageLinker(Callback):
             commit_checkpoint(store, trainer, self._rates, *made)
         return store.checkpoints()[-1]
 
-    def _moved(self, module: LightningModule, link: StageLink) -> set[str]:
-        """Shared parameters that are no longer what they began as."""
-        assert self._earlier is not None
-        weights = self._earlier.weights(self._earlier.checkpoints()[-1])
-        return {
-            name
-            for name, p in module.named_parameters()
-            if name in link.shared and not bool((weights[link.shared[name]].to(p.dtype) == p.detach().cpu()).all())
-        }
-
     # -- saving -----------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
@@ -255,6 +268,7 @@ class StageLinker(Callback):
         return {
             "batches": self._seen,
             "rates": self._rates.state_dict(),
+            "travel": self._travel.state_dict(),
             "root": None if self._link is None else str(self.artifacts.root),
         }
 
@@ -262,6 +276,7 @@ class StageLinker(Callback):
         """Go on where the Lightning checkpoint was written."""
         self._seen, self._resumed_root = int(state_dict["batches"]), state_dict["root"]
         self._rates.load_state_dict(state_dict["rates"])
+        self._travel.load_state_dict(state_dict["travel"])
 
 
 def _still(module: LightningModule, trainer: Trainer) -> list[str]:
@@ -296,14 +311,52 @@ def _pretraining(folder: str | Path, own: Path) -> ArtifactStore:
     return earlier
 
 
+def _reduction(module: LightningModule, data: TrainingData, trainer: Trainer, per_sample_loss: Any) -> Reduction:
+    """How the training loss reduces its batch, by the parameters nearest to it: others may be out of its reach."""
+    try:
+        return self_check(module, select(module, "last_layer"), data, trainer, per_sample_loss).reduction
+    except CaptureError:
+        return self_check(module, select(module, "all"), data, trainer, per_sample_loss).reduction
+
+
+def _warn_of_buffers(module: LightningModule, earlier: ArtifactStore) -> None:
+    """Say so where buffers of one name, such as running statistics, begin otherwise than pretraining left them."""
+    weights = earlier.weights(earlier.checkpoints()[-1])
+    others = [
+        name
+        for name, value in module.named_buffers()
+        if name in weights
+        and value.shape == weights[name].shape
+        and not torch.equal(value.cpu(), weights[name].to(value.dtype))
+    ]
+    if others:
+        rank_zero_warn(
+            f"{', '.join(others[:5])} begin with other values than the run in {earlier.root} ended with. Multi-stage "
+            "influence goes through parameters alone. HINT: load the whole state_dict before the fit."
+        )
+
+
+def _checked_names(shared: SharedNames) -> dict[str, str] | None:
+    if shared is None:
+        return None
+    if not isinstance(shared, Mapping) or not all(isinstance(name, str) for pair in shared.items() for name in pair):
+        raise StoreError(
+            "shared= is a table of names",
+            expected="a dictionary from the pretraining run's names to this run's, or None",
+            found=repr(shared),
+            hint="write shared={'encoder.*': 'backbone.encoder.*'}",
+        )
+    return dict(shared)
+
+
 def _checked_proximity(proximity: float | None) -> float | None:
     if proximity is None:
         return None
     if isinstance(proximity, bool) or not isinstance(proximity, (int, float)) or not 0 < proximity < 1e300:
         raise StoreError(
             "this is no proximity",
-            expected="α of the penalty α‖W − W*‖² in the finetuning loss, a positive number, or None",
+            expected="α of a penalty α‖W − W*‖², a positive number, or None",
             found=repr(proximity),
-            hint="leave proximity out where the loss has no such penalty",
+            hint="leave proximity out: that of the learning rates is taken",
         )
     return float(proximity)

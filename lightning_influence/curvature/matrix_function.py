@@ -80,20 +80,23 @@ def _lanczos(
     progress: Progress | None,
 ) -> tuple[tuple[Tensor, ...], bool]:
     unit, norms = unit_rows(b)
-    basis, diagonal, beside = [unit], list[Tensor](), list[Tensor]()
+    most = min(max_iterations, b.shape[1])
+    basis = _longer(unit[:, None], most)  # (Q, k or more, P)
+    diagonal, beside = list[Tensor](), list[Tensor]()
     before: list[Tensor] | None = None
     coefficients: list[Tensor] = []
     converged = False
-    for step in range(1, min(max_iterations, b.shape[1]) + 1):
-        product = finite_product(matvec(basis[-1]), "a product with A in Lanczos' process", step)
-        diagonal.append((product * basis[-1]).sum(1))
-        held = torch.stack(basis, 1)  # (Q, k, P)
+    for step in range(1, most + 1):
+        held = basis[:, :step]
+        product = finite_product(matvec(held[:, -1]), "a product with A in Lanczos' process", step)
+        diagonal.append((product * held[:, -1]).sum(1))
         for _ in range(2):
-            product = product - torch.einsum("qkp,qk->qp", held, torch.einsum("qkp,qp->qk", held, product))
+            inside = torch.bmm(held, product[:, :, None])  # (Q, k, 1)
+            product = product - torch.bmm(inside.transpose(1, 2), held)[:, 0]
         length = row_norms(product)
         scale = torch.stack(diagonal, 1).abs().amax(1) + (torch.stack(beside, 1).amax(1) if beside else 0.0)
         done = length <= torch.finfo(b.dtype).eps * scale.clamp_min(torch.finfo(b.dtype).tiny) * step
-        last = step == min(max_iterations, b.shape[1]) or bool(done.all())
+        last = step == most or bool(done.all())
         if last or step % _EVERY == 0:
             coefficients = [_first_column(diagonal, beside, f) for f in (*functions, saturated)]
             changes = [_change(old, new) for old, new in zip(before or (), coefficients, strict=before is not None)]
@@ -107,9 +110,19 @@ def _lanczos(
                 break
             before = coefficients
         beside.append(torch.where(done, 0.0, length))
-        basis.append(torch.where(done[:, None], 0.0, product / torch.where(done, 1.0, length)[:, None]))
-    vectors = torch.stack(basis[: len(diagonal)], 1)
-    return tuple(norms[:, None] * torch.einsum("qkp,qk->qp", vectors, c) for c in coefficients[:-1]), converged
+        if step == basis.shape[1]:
+            basis = _longer(basis, most)
+        basis[:, step] = torch.where(done[:, None], 0.0, product / torch.where(done, 1.0, length)[:, None])
+    held = basis[:, : len(diagonal)]
+    return tuple(norms[:, None] * torch.bmm(c[:, None], held)[:, 0] for c in coefficients[:-1]), converged
+
+
+def _longer(basis: Tensor, most: int) -> Tensor:
+    """The same vectors (Q, k, P) with room for half as many again, 16 at least and `most` at most."""
+    count = min(most, max(16, basis.shape[1] * 3 // 2))
+    room = basis.new_empty(len(basis), count, basis.shape[2])
+    room[:, : basis.shape[1]] = basis
+    return room
 
 
 def _first_column(diagonal: list[Tensor], beside: list[Tensor], function: Spectral) -> Tensor:

@@ -95,6 +95,23 @@ class InfluenceFunction(Estimator):
             self._globs = (parameters,) if isinstance(parameters, str) else parameters
         self._known: dict[tuple[Any, ...], RecordedCurvature] = {}
 
+    @property
+    def takes_all(self) -> bool:
+        """Whether all parameters take part that curvature and gradients are known of."""
+        return self._globs is None and self.inverse.target is None
+
+    def __repr__(self) -> str:
+        source, damping = self.source, self.damping
+        if isinstance(source, CurvatureStatistics):
+            given = ", ".join(f"{name}={value!r}" for name, value in source.settings().items())
+            told = f"{type(source).__name__}({given})"
+        else:
+            told = "" if source is None else repr(source)
+        parts = [told, f"damping={damping if isinstance(damping, str) else damping.record()}"]
+        parts += [] if self._globs is None else [f"parameters={list(self._globs)}"]
+        parts += [] if self.inverse.target is None else [f"{self.inverse.target.size} target parameters"]
+        return f"{type(self).__name__}({', '.join(part for part in parts if part)})"
+
     def terms(self, stage: Stage) -> Sequence[Term]:
         """The one term of the sum, at the checkpoint of the curvature."""
         found = self.recorded(stage)

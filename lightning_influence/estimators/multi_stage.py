@@ -55,12 +55,14 @@ class MultiStage(Attributor):
         link: how finetuning answers for shared parameters that it tuned: `Proximity()`, `Proximity(alpha)`,
             `SmallProximity()` or `Source()`. Frozen ones need no such choice.
         finetuned: curvature and damping of the finetuning run; `None` is `InfluenceFunction()`, the one in its store.
+            The damping is added beside 2α, and shrinks what arrives at tuned parameters by 2α/(2α + λ) at least.
         module: the pretraining module; needed where nothing stored will do: `MatrixFree`, streaming, and in a stage in
             the middle the cross term.
         train_loader: its training data, where they are read again.
         per_sample_loss: (module, batch) -> (N,), if the pretraining run was given one.
         store: folder of the pretraining run, where it is no longer beside the finetuning one or where it was.
-        ignore_cross_terms: of frozen shared parameters take ∇m alone, as if the new ones did not answer.
+        ignore_cross_terms: of frozen shared parameters take ∇m alone, as if the new ones did not answer; where all of
+            them are frozen, no curvature of the finetuning run is needed.
 
     Raises:
         StoreError: no link, a missing or other pretraining store, shared weights that moved though declared frozen.
@@ -94,12 +96,12 @@ class MultiStage(Attributor):
                     found=repr(value),
                     hint=f"write {hint}",
                 )
-        if finetuned is not None and finetuned.inverse.target is not None:
+        if finetuned is not None and not finetuned.takes_all:
             raise QueryError(
                 "a query is pulled back through all that finetuning trained",
-                expected="finetuned=InfluenceFunction(...), without target parameters",
+                expected="finetuned=InfluenceFunction(...), without parameters= and target parameters",
                 found=repr(finetuned),
-                hint="target parameters belong into the inner estimator",
+                hint="these belong into the inner estimator",
             )
         self.inner, self.link = inner, link or Proximity()
         self.finetuned = finetuned or InfluenceFunction()
@@ -124,6 +126,13 @@ class MultiStage(Attributor):
             if self.train_loader is not None:
                 check_training_data(self.train_loader, store)
             self._found = identity, store
+            if self.module is not None and not any(p.requires_grad for p in self.module.parameters()):
+                raise QueryError(
+                    "no parameter of the pretraining module requires gradients",
+                    expected="those that pretraining trained",
+                    found="a module that is frozen as a whole",
+                    hint="call requires_grad_(True) on what was trained",
+                )
         if self.module is not None and stage.module is not None:
             self.module.to(stage.module.device)
         return Stage(
@@ -133,6 +142,10 @@ class MultiStage(Attributor):
     def answering(self, stage: Stage) -> tuple[Attributor, Stage]:
         """The inner estimator and the pretraining run; where stages nest, the innermost."""
         return self.inner.answering(self.parent(stage))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the open store of the pretraining run, which is found again."""
+        return {**self.__dict__, "_found": None}
 
     def asked(self, stage: Stage, queries: Queries) -> Queries:
         """The queries pulled back to that run."""
@@ -148,9 +161,13 @@ class MultiStage(Attributor):
 
     # -- the pull-back ----------------------------------------------------------------------------------------------
 
-    def pulled(self, stage: Stage, queries: Queries) -> Queries:
+    def pulled(self, stage: Stage, queries: Queries, *, of_any: bool = False) -> Queries:
         """The same queries as the pretraining run sees them: their gradients are pulled back once, when they are first
-        asked for, and are the same at all of its checkpoints."""
+        asked for, and are the same at all of its checkpoints.
+
+        Args:
+            of_any: give zeros where none of the parameters that are asked for is shared, instead of refusing.
+        """
         shapes = {name: spec.shape for name, spec in self.parent(stage).store.manifest.parameters.items()}
 
         @cache
@@ -159,7 +176,7 @@ class MultiStage(Attributor):
 
         def gradients_at(at: Any, names: Collection[str]) -> Gradients:
             found = back()
-            if not any(name in found for name in names):
+            if not of_any and not any(name in found for name in names):
                 raise QueryError(
                     "the inner estimator looks at parameters alone that finetuning did not take over",
                     expected=f"some of {', '.join(found)}",
@@ -176,11 +193,17 @@ class MultiStage(Attributor):
         return Queries(queries.batches, queries.sizes, gradients_at)
 
     def _back(self, stage: Stage, queries: Queries) -> Gradients:
+        link = link_of(stage.store)
+        frozen = [name for name in link.shared if name in link.frozen]
+        if self.ignore_cross_terms and len(frozen) == len(link.shared):  # nothing is to be solved for
+            v = queries.gradients_at(stage.checkpoints[-1], frozen)
+            return pulled_back(v, Answer({}, {}), link.shared, frozen, None)
         problem = self.problem(stage)
         with problem.as_trained():
-            frozen = [name for name in problem.link.shared if name in problem.link.frozen]
             v = queries.gradients_at(problem.found.at, (*problem.trained, *frozen))
             answer = problem.answer({name: v[name] for name in problem.trained})
+            if frozen and not self.link.amounts:  # with 2α left out, tuned ones are nothing beside frozen ones
+                answer = Answer(answer.moved, {})
             cross = problem.cross(frozen, self.train_data(stage)) if frozen and not self.ignore_cross_terms else None
             with stage.at(problem.found.at):
                 found = pulled_back(v, answer, problem.link.shared, frozen, cross)
@@ -204,11 +227,12 @@ class MultiStage(Attributor):
             found = self.finetuned.recorded(finetuning)
         damping = self.finetuned.damping_of(finetuning, found)
         problem = FinetuningProblem(finetuning, link, found, damping, self.link, {})
-        problem.check(self.ignore_cross_terms)
+        problem.check(needs_all=any(name in link.frozen for name in link.shared) and not self.ignore_cross_terms)
         tuned = problem.tuned
         wanted = [name for name in problem.trained if name in self.link.held_names(problem.trained, tuned)]
-        if self.link.alpha is not None:
-            return replace(problem, held=dict.fromkeys(wanted, 2 * self.link.alpha))
+        alpha = link.alpha if self.link.alpha is None and isinstance(self.link, Proximity) else self.link.alpha
+        if alpha is not None:
+            return replace(problem, held=dict.fromkeys(wanted, 2 * alpha))
         return replace(problem, held=held_by_training(stage.store, link, found.at, wanted))
 
     def own(self, stage: Stage) -> Estimator:
@@ -233,7 +257,8 @@ class MultiStage(Attributor):
         return TrainingData.of(stage.train_loader, forked=True)
 
     def __repr__(self) -> str:
-        return f"MultiStage({self.inner!r}, {self.link!r})"
+        ignoring = ", ignore_cross_terms=True" if self.ignore_cross_terms else ""
+        return f"MultiStage({self.inner!r}, {self.link!r}, finetuned={self.finetuned!r}{ignoring})"
 
 
 class _Finetuned(Estimator):
@@ -247,6 +272,7 @@ class _Finetuned(Estimator):
     def terms(self, stage: Stage) -> Sequence[Term]:
         """One term, at the end of the run."""
         problem = self._through.problem(stage)
+        problem.check(needs_all=True)
         held = stage.store.manifest.selected
         missing = [name for name in problem.trained if name not in held]
         stored = any(file.step == problem.found.at.step for file in stage.store.artifacts("gradients"))
@@ -328,8 +354,11 @@ class FinetuningProblem:
 
         return product
 
-    def check(self, ignore_cross_terms: bool) -> None:
+    def check(self, *, needs_all: bool) -> None:
         """Refuse a curvature that does not know what has to be solved for.
+
+        Args:
+            needs_all: whether the answer of new parameters matters too.
 
         Raises:
             QueryError: tuned shared parameters, or new ones that matter, are missing in it; or it is of frozen ones.
@@ -339,7 +368,6 @@ class FinetuningProblem:
         trained = [name for name in self.stage.store.manifest.parameters if name not in frozen]
         missing = [name for name in trained if name not in known]
         lost = [name for name in missing if name in self.link.shared]
-        needs_all = any(name in frozen for name in self.link.shared) and not ignore_cross_terms
         if lost or (missing and (needs_all or not blocks)) or (known & frozen and not blocks):
             wrong = lost or missing or sorted(known & frozen)
             raise QueryError(

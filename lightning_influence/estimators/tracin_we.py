@@ -9,11 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_influence.artifacts import ArtifactStore, Checkpoint, Shard
 from lightning_influence.errors import QueryError
 from lightning_influence.estimators.estimator import Stage, Transform, unchanged
 from lightning_influence.estimators.tracin import Preconditioner, TracIn
 from lightning_influence.estimators.word_matching import Neighbours, SynonymRows
-from lightning_influence.gradients import Gradients, Rows, TargetParameters, select, word_embeddings
+from lightning_influence.gradients import Gradients, Rows, TargetParameters, select, unpack, word_embeddings
 
 
 class TracInWE(TracIn):
@@ -86,6 +87,10 @@ class TracInWE(TracIn):
         if self._globs is None and stage.module is not None:
             words = select(stage.module, "word_embeddings").names if word_embeddings(stage.module) else ()
             embeddings = [name for name in embeddings if name in words]
+        elif self._globs is None and stage.stored:  # without the model, the gradients themselves tell
+            shard = next((s for at in stage.checkpoints for s in _shards(stage.store, at)), None)
+            blocks = {} if shard is None else unpack(shard.tensors)
+            embeddings = [name for name in embeddings if shard is None or isinstance(blocks[name], Rows)]
         if not embeddings:
             raise QueryError(
                 "TracInWE needs word-embedding gradients",
@@ -133,6 +138,11 @@ class TracInWE(TracIn):
             rows = block.without_words(self._excluded) if len(self._excluded) else block
             kept[name] = rows if self._top_words is None else rows.top_words(self._top_words)
         return kept
+
+
+def _shards(store: ArtifactStore, at: Checkpoint) -> Sequence[Shard]:
+    """The replayed gradients of a checkpoint; none where they were recorded in flight."""
+    return store.shards(at) if any(file.step == at.step for file in store.artifacts("gradients")) else ()
 
 
 def _token_ids(tokens: Collection[int] | Tensor) -> Tensor:

@@ -31,6 +31,9 @@ def link_of(store: ArtifactStore) -> StageLink:
             found="a link without an end",
             hint="resume the fit, or run it again into another folder",
         )
+    known = store.manifest.parameters
+    if unknown := [name for name in (*link.shared, *link.frozen) if name not in known]:
+        raise _damaged(store, f"the parameter {unknown[0]!r}, which the run does not have")
     if link.moved_though_frozen:
         raise StoreError(
             f"shared weights of {store.root} moved though they were declared frozen",
@@ -56,8 +59,11 @@ def parent_of(store: ArtifactStore, link: StageLink, given: str | os.PathLike[st
         except StoreError as error:
             others.append(f"{place}: {error.what}")
             continue
+        except (OSError, ValueError) as error:  # no path at all
+            others.append(f"{str(place)[:80]!r}: {type(error).__name__}")
+            continue
         if identity == link.parent:
-            return found
+            return _fitting(store, link, found)
         others.append(f"{place}: another store, {identity[:12]}")
     raise StoreError(
         f"the earlier run that {store.root} began from is not there",
@@ -68,11 +74,29 @@ def parent_of(store: ArtifactStore, link: StageLink, given: str | os.PathLike[st
     )
 
 
+def _fitting(store: ArtifactStore, link: StageLink, parent: ArtifactStore) -> ArtifactStore:
+    """The parent, whose shared parameters have the shapes that they have here."""
+    here, there = store.manifest.parameters, parent.manifest.parameters
+    for name, earlier in link.shared.items():
+        if earlier not in there or here[name].shape != there[earlier].shape:
+            raise _damaged(store, f"{name!r} shared with {earlier!r}, which {parent.root} has not in that shape")
+    return parent
+
+
+def _damaged(store: ArtifactStore, found: str) -> StoreError:
+    return StoreError(
+        f"the link of the store at {store.root} is damaged",
+        expected="parameters of both runs, of equal shapes",
+        found=found,
+        hint="restore the store from a copy",
+    )
+
+
 def ancestors(store: ArtifactStore) -> Iterator[ArtifactStore]:
-    """A store, the one before it, and so on.
+    """A store, the one before it, and so on, as far as they can be found.
 
     Raises:
-        StoreError: a store that is missing, or that comes twice.
+        StoreError: a store that comes twice.
     """
     seen: dict[str, Path] = {}
     while True:
@@ -89,4 +113,7 @@ def ancestors(store: ArtifactStore) -> Iterator[ArtifactStore]:
         link = store.link
         if link is None:
             return
-        store = parent_of(store, link)
+        try:
+            store = parent_of(store, link)
+        except StoreError:
+            return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -49,25 +49,26 @@ def matched(module: nn.Module, earlier: ArtifactStore, shared: SharedNames, fres
     theirs = {name: tuple(spec.shape) for name, spec in earlier.manifest.parameters.items()}
     if unknown := [glob for glob in fresh if not meant(glob, mine)]:
         raise _refused(f"fresh= names what is no parameter here: {', '.join(unknown)}", mine, unknown[0])
-    if shared is None:
-        common = [name for name in shapes if name in theirs]
-        pairs = {name: name for name in common if shapes[name] == theirs[name]}
-    else:
-        pairs = {}
-        for theirs_named, mine_named in _pairs(shared, _spelled(earlier, theirs)):
-            if mine_named not in mine:
-                raise _refused(f"this run has no parameter {mine_named!r}, which shared= names", mine, mine_named)
-            own = names[mine[mine_named]]
-            if shapes[own] != theirs[theirs_named]:
+    spelled, other = _spelled(earlier, theirs), []
+    pairs: dict[str, str] = {}
+    for there, here, starred in _pairs(shared, spelled, mine):
+        own = names.get(mine.get(here, 0))
+        if own is None:
+            if not starred:
+                raise _refused(f"this run has no parameter {here!r}, which shared= names", mine, here)
+        elif not (_any(own, fresh) or _any(here, fresh)):
+            if shapes[own] == theirs[there]:
+                pairs[own] = there
+            elif starred:
+                other.append(own)
+            else:
                 raise StoreError(
-                    f"{own!r} is not the {theirs_named!r} of the store at {earlier.root}: it has another shape",
-                    expected=f"shape {theirs[theirs_named]}",
+                    f"{own!r} is not the {there!r} of the store at {earlier.root}: it has another shape",
+                    expected=f"shape {theirs[there]}",
                     found=f"shape {shapes[own]}",
                     hint="leave parameters that were resized out of shared=",
                 )
-            pairs[own] = theirs_named
-        common = list(pairs)
-    pairs = {name: pairs[name] for name in shapes if name in pairs and not _any(name, fresh)}
+    pairs = {name: pairs[name] for name in shapes if name in pairs}
     if not pairs:
         raise StoreError(
             f"this run shares no parameter with the store at {earlier.root}",
@@ -75,7 +76,7 @@ def matched(module: nn.Module, earlier: ArtifactStore, shared: SharedNames, fres
             found=_some(shapes),
             hint="name them: shared={'encoder.*': 'backbone.encoder.*'}, from the names there to the names here",
         )
-    return Match(pairs, tuple(name for name in common if name in theirs and shapes[name] != theirs[name]))
+    return Match(pairs, tuple(other))
 
 
 def compared(module: nn.Module, shared: Mapping[str, str], earlier: ArtifactStore) -> dict[str, str]:
@@ -105,14 +106,12 @@ def compared(module: nn.Module, shared: Mapping[str, str], earlier: ArtifactStor
     return converted
 
 
-def checksum(module: nn.Module, names: Collection[str]) -> str:
-    """64 hex digits over names, types and contents of some parameters."""
-    digest = hashlib.sha256()
-    for name, parameter in module.named_parameters():
-        if name in names:
-            digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)} ".encode())
-            digest.update(_bytes(parameter.detach()))
-    return digest.hexdigest()
+def checksums(module: nn.Module) -> dict[str, str]:
+    """16 hex digits over type and content of every parameter."""
+    return {
+        name: hashlib.sha256(f"{p.dtype} {tuple(p.shape)} ".encode() + _bytes(p.detach())).hexdigest()[:16]
+        for name, p in module.named_parameters()
+    }
 
 
 def _bytes(tensor: Tensor) -> bytes:
@@ -126,9 +125,11 @@ def _spelled(earlier: ArtifactStore, known: Collection[str]) -> dict[str, str]:
     return {name: by_tensor[id(value)] for name, value in weights.items() if id(value) in by_tensor}
 
 
-def _pairs(shared: Mapping[str, str], theirs: Mapping[str, str]) -> list[tuple[str, str]]:
-    """(earlier name, name here) of all that the table names."""
-    found = []
+def _pairs(shared: SharedNames, theirs: Mapping[str, str], mine: Collection[str]) -> Iterator[tuple[str, str, bool]]:
+    """(earlier name, name here, whether by a star) of all that the table names; of all common names without one."""
+    if shared is None:
+        yield from ((theirs[name], name, True) for name in mine if name in theirs)
+        return
     for pattern, replacement in shared.items():
         if pattern.count("*") != replacement.count("*") or pattern.count("*") > 1:
             raise StoreError(
@@ -137,14 +138,19 @@ def _pairs(shared: Mapping[str, str], theirs: Mapping[str, str]) -> list[tuple[s
                 found=f"{pattern!r}: {replacement!r}",
                 hint="write one star on each side, or none",
             )
+        starred = "*" in pattern and pattern not in theirs
         before, _, after = pattern.partition("*")
-        matching = meant(pattern, theirs) if "*" in pattern else [name for name in theirs if name == pattern]
-        if not matching:
+        here = {
+            name: replacement.replace("*", name[len(before) : len(name) - len(after)]) if starred else replacement
+            for name in (meant(pattern, theirs) if starred else [pattern])
+            if name in theirs
+        }
+        if not here:
             raise _refused(f"the earlier run has no parameter {pattern!r}, which shared= names", theirs, pattern)
-        for name in matching:
-            middle = name[len(before) : len(name) - len(after)] if "*" in pattern else ""
-            found.append((theirs[name], replacement.replace("*", middle)))
-    return found
+        if starred and not any(name in mine for name in here.values()):
+            wanted = next(iter(here.values()))
+            raise _refused(f"this run has no parameter {wanted!r}, nor others that shared= names", mine, wanted)
+        yield from ((theirs[name], own, starred) for name, own in here.items())
 
 
 def _any(name: str, globs: Collection[str]) -> bool:

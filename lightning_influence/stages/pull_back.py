@@ -123,7 +123,8 @@ class Proximity(Link):
 
 
 class SmallProximity(Link):
-    """The ranking that `Proximity` tends to as α → 0, 2α left out: its scores are no amounts. With EK-FAC at both
+    """The ranking that `Proximity` tends to as α → 0, 2α left out: its scores are no amounts. Where a part of the
+    shared parameters stayed frozen, that part alone is the limit. With EK-FAC at both
     stages this is ∇mᵀ H_ft⁻¹ H_pt⁻¹ ∇ℓ, in which parameters that are not shared drop out."""
 
     amounts = False
@@ -215,7 +216,8 @@ def _solved(trained: Trained, v: Gradients, held: Held) -> Gradients:
         return {}
     curvature, damping = trained.curvature, trained.damping
     numbers = {name: value for name, value in held.items() if not isinstance(value, Tensor)}
-    if len(numbers) == len(held) and _alike(curvature, numbers):
+    whole = _in_whole_blocks(curvature, v)
+    if len(numbers) == len(held) and whole and _alike(curvature, numbers):
         return curvature.decayed(numbers).solve(v, damping)
     shifts = curvature.shifts(damping)
     space = ParameterSpace({name: tuple(v[name].shape) for name in v})
@@ -227,7 +229,7 @@ def _solved(trained: Trained, v: Gradients, held: Held) -> Gradients:
         return space.rows(out, rows).to(rows) + diagonal * rows
 
     means = {name: float(value.mean()) if isinstance(value, Tensor) else value for name, value in held.items()}
-    nearby = None if curvature.needs_model else curvature.decayed(means)
+    nearby = curvature.decayed(means) if whole and not curvature.needs_model else None
 
     def preconditioned(rows: Tensor) -> Tensor:
         assert nearby is not None
@@ -245,6 +247,13 @@ def _solved(trained: Trained, v: Gradients, held: Held) -> Gradients:
             "MultiStage(..., finetuned=InfluenceFunction(damping=...))."
         )
     return space.named(found.x, space.names, v)
+
+
+def _in_whole_blocks(curvature: Curvature, v: Gradients) -> bool:
+    """Whether v has all parameters of each block that it has some of, so that a closed form takes it."""
+    if not isinstance(curvature, BlockDiagonal):
+        return set(v) == set(curvature.parameters)
+    return all(len({name in v for name in block.names}) == 1 for block in curvature.blocks)
 
 
 def _alike(curvature: Curvature, held: Mapping[str, float]) -> bool:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 from torch import Tensor
 
-from lightning_influence.artifacts import ArtifactStore, Checkpoint, ParameterGroup, StageLink
+from lightning_influence.artifacts import ArtifactStore, Checkpoint, StageLink
 from lightning_influence.errors import QueryError
 
 Held: TypeAlias = Mapping[str, float | Tensor]  # 2α by parameter name, one number or one for each entry
@@ -15,27 +15,17 @@ Held: TypeAlias = Mapping[str, float | Tensor]  # 2α by parameter name, one num
 _PLAIN = ("SGD", "ASGD")
 
 
-def travelled(
-    checkpoints: Sequence[Checkpoint], preconditioned: Collection[str], summed_over: int = 1
-) -> dict[str, float]:
-    """Σ_t η_t/(1 − β) of every parameter that the optimizers of a run have trained, in units of the mean loss.
+def step_length(group: Mapping[str, Any]) -> float:
+    """How far a step of a parameter group goes in the end, in units of its gradient: η (1 − d)/(1 − β) under momentum β
+    with dampening d; for Adam and its relatives η, their first moment being a mean."""
+    momentum = float(group.get("momentum", 0.0) or 0.0)
+    dampening = float(group.get("dampening", 0.0) or 0.0) if momentum else 0.0
+    return float(group["lr"]) * (1 - dampening) / (1 - momentum)
 
-    Under SGD with momentum β and dampening d a step of rate η goes η (1 − d)/(1 − β) in the end; optimizers that divide
-    by √v̂+ε count their rates alone. Those that do neither (LBFGS, Adadelta) say nothing about it, and are left out.
 
-    Args:
-        checkpoints: of the whole run: each has the sum of the rates since the one before.
-        preconditioned: parameters whose optimizer divides by √v̂+ε.
-        summed_over: samples whose losses `training_step` adds up instead of averaging.
-    """
-    travel: dict[str, float] = {}
-    for checkpoint in checkpoints:
-        for group in checkpoint.groups:
-            for name in group.parameters:
-                factor = _factor(group, name in preconditioned)
-                if factor is not None and group.learning_rate_sum:
-                    travel[name] = travel.get(name, 0.0) + factor * group.learning_rate_sum * summed_over
-    return travel
+def goes_along_the_gradient(optimizer: str, preconditioned: bool) -> bool:
+    """Whether an optimizer's steps are its rate times the gradient, if need be over √v̂+ε."""
+    return preconditioned or optimizer in _PLAIN
 
 
 def held_by_training(store: ArtifactStore, link: StageLink, at: Checkpoint, names: Sequence[str]) -> Held:
@@ -58,14 +48,3 @@ def held_by_training(store: ArtifactStore, link: StageLink, at: Checkpoint, name
     return {
         name: scales[name].double() / link.travel[name] if name in scales else 1 / link.travel[name] for name in names
     }
-
-
-def _factor(group: ParameterGroup, preconditioned: bool) -> float | None:
-    options: dict[str, Any] = dict(group.options)
-    momentum = float(options.get("momentum", 0.0) or 0.0)
-    if preconditioned:
-        return 1 / (1 - momentum)  # of RMSprop; the first moment of Adam is a mean
-    if group.optimizer in _PLAIN:
-        dampening = float(options.get("dampening", 0.0) or 0.0) if momentum else 0.0
-        return (1 - dampening) / (1 - momentum)
-    return None

@@ -167,7 +167,7 @@ def test_a_resumed_fit_has_the_link_of_one_that_was_not_interrupted(tmp_path, pr
     one, other = (ArtifactStore.open(tmp_path / name).link for name in ("whole", "fine"))
     assert one is not None and other is not None and other.complete
     assert one.travel == pytest.approx(other.travel)
-    assert (one.shared, one.frozen, one.shared_sha256) == (other.shared, other.frozen, other.shared_sha256)
+    assert (one.shared, one.frozen, one.start) == (other.shared, other.frozen, other.start)
 
 
 def test_weights_in_another_type_are_converted_and_recorded(tmp_path, pretraining):
