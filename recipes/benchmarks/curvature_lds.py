@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +28,7 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler, TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `recipes` is found however this is started
 from lightning_influence import (
@@ -65,26 +65,9 @@ from recipes.truths.digits import (
 )
 from recipes.truths.lds import LDS, linear_datamodelling_score, mean_over_models, noise_ceiling
 from recipes.truths.retraining import Samples
-from recipes.truths.training import Recipe, initial
+from recipes.truths.training import RecipesOrder, initial
 
 RANK = 16  # of LoGra's projections, on either side of a layer
-
-
-class RecipesOrder(Sampler[int]):
-    """The order of the samples in every epoch, as the recipe has it for a seed; Lightning says which epoch it is."""
-
-    def __init__(self, recipe: Recipe, size: int, seed: int) -> None:
-        self.orders = list(recipe.orders(size, seed))
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.orders[self.epoch].tolist())
-
-    def __len__(self) -> int:
-        return len(self.orders[0])
 
 
 @dataclass(frozen=True)

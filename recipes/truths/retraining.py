@@ -85,10 +85,10 @@ def retrain(
         cache: folder of the results. A run that was killed goes on after the last chunk that it finished.
         at_once: models of a chunk.
     """
-    _check(train, subsets, weights)
+    check_subsets(train, subsets, weights)
     weights = weights or [torch.ones(len(subset)) for subset in subsets]
     runs = [(subset, seed) for seed in range(len(seeds)) for subset in range(len(subsets))]
-    folder = Path(cache) / _key(build, recipe, train, queries, subsets, weights, seeds)
+    folder = Path(cache) / content_key(build, recipe, train, queries, subsets, weights, seeds)
     folder.mkdir(parents=True, exist_ok=True)
     chunks = [range(start, min(start + at_once, len(runs))) for start in range(0, len(runs), at_once)]
     names = {chunk: folder / f"models-{chunk.start:06d}-{chunk.stop:06d}.safetensors" for chunk in chunks}
@@ -99,17 +99,17 @@ def retrain(
                 bar.update(len(chunk) * recipe.epochs)
                 continue
             models = [initial(build, seeds[runs[run][1]]) for run in chunk]
-            batches = _Batches(recipe, [(subsets[runs[run][0]], weights[runs[run][0]]) for run in chunk])
+            batches = Batches(recipe, [(subsets[runs[run][0]], weights[runs[run][0]]) for run in chunk])
             orders = [seeds[runs[run][1]] for run in chunk]
             trained = _train(models, recipe, train, batches, orders, lambda: bar.update(len(chunk)))  # noqa: B023
-            _write(name, _measure(models[0], trained, queries))
+            write_whole(name, _measure(models[0], trained, queries))
     found = [load_file(name) for name in names.values()]
     shape = len(seeds), len(subsets), len(queries)
     losses, log_odds = (torch.cat([each[kind] for each in found]).view(shape) for kind in ("losses", "log_odds"))
     return Truth(losses.transpose(0, 1).contiguous(), log_odds.transpose(0, 1).contiguous())
 
 
-class _Batches:
+class Batches:
     """The batches of every model of a chunk, side by side: shorter ones are filled up with samples of weight 0."""
 
     def __init__(self, recipe: Recipe, parts: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -138,7 +138,7 @@ def _train(
     models: Sequence[nn.Module],
     recipe: Recipe,
     train: Samples,
-    batches: _Batches,
+    batches: Batches,
     seeds: Sequence[int],
     after_epoch: Callable[[], object],
 ) -> dict[str, Tensor]:
@@ -181,7 +181,7 @@ def _measure(model: nn.Module, parameters: dict[str, Tensor], queries: Samples) 
     return {"losses": losses, "log_odds": others.logsumexp(2) - truth}  # log((1 − p)/p) without computing 1 − p
 
 
-def _check(train: Samples, subsets: Sequence[Tensor], weights: Sequence[Tensor] | None) -> None:
+def check_subsets(train: Samples, subsets: Sequence[Tensor], weights: Sequence[Tensor] | None) -> None:
     if not subsets or any(subset.dim() != 1 or not len(subset) for subset in subsets):
         raise ValueError(
             "Expected subsets of at least one index each, (n,). HINT: to remove a sample, list the others."
@@ -193,7 +193,7 @@ def _check(train: Samples, subsets: Sequence[Tensor], weights: Sequence[Tensor] 
         raise ValueError("Expected one weight for every index of every subset.")
 
 
-def _key(build: Build, recipe: Recipe, *content: Any) -> str:
+def content_key(build: Build, recipe: Recipe, *content: Any) -> str:
     """A hash of everything that the results depend on, by content."""
     *data, seeds = content
     digest = hashlib.sha256(f"{_VERSION} {recipe} {list(seeds)}".encode())
@@ -217,7 +217,7 @@ def _key(build: Build, recipe: Recipe, *content: Any) -> str:
     return digest.hexdigest()[:32]
 
 
-def _write(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_whole(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write the file under another name, force it to the disk, and rename it: it is there whole, or not at all."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     save_file({name: value.contiguous() for name, value in tensors.items()}, temporary)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 
 Build = Callable[[], nn.Module]
 
@@ -41,6 +42,23 @@ class Recipe:
         generator = torch.Generator().manual_seed(seed)
         for _ in range(self.epochs):
             yield torch.randperm(size, generator=generator)
+
+
+class RecipesOrder(Sampler[int]):
+    """The order of the samples in every epoch, as the recipe has it for a seed; Lightning says which epoch it is."""
+
+    def __init__(self, recipe: Recipe, size: int, seed: int) -> None:
+        self.orders = list(recipe.orders(size, seed))
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.orders[self.epoch].tolist())
+
+    def __len__(self) -> int:
+        return len(self.orders[0])
 
 
 def initial(build: Build, seed: int) -> nn.Module:
