@@ -20,6 +20,7 @@ class CurvatureBlock(ABC):
 
     kind: ClassVar[str] = ""
     kinds: ClassVar[dict[str, type[CurvatureBlock]]] = {}
+    decays_as_one: ClassVar[bool] = False  # weight decay of its first parameter counts for all
 
     def __init_subclass__(cls) -> None:
         super().__init_subclass__()

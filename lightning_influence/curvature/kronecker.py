@@ -48,6 +48,7 @@ class KroneckerBlock(CurvatureBlock):
     """
 
     kind = "kronecker"
+    decays_as_one = True
 
     def __init__(self, names: Sequence[str], rotation: Rotation, eigenvalues: Tensor, decay: float = 0.0) -> None:
         self.names, self.rotation, self.eigenvalues, self.decay = tuple(names), rotation, eigenvalues, decay

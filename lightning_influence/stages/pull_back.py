@@ -257,10 +257,9 @@ def _in_whole_blocks(curvature: Curvature, v: Gradients) -> bool:
 
 
 def _alike(curvature: Curvature, held: Mapping[str, float]) -> bool:
-    """Whether the parameters of each block are held alike, so that the block has a closed form."""
-    if not isinstance(curvature, BlockDiagonal):
-        return True
-    return all(len({held.get(name, 0.0) for name in block.names}) == 1 for block in curvature.blocks)
+    """Whether each block can take up what holds its parameters, so that it has a closed form."""
+    blocks = curvature.blocks if isinstance(curvature, BlockDiagonal) else ()
+    return all(not b.decays_as_one or len({held.get(name, 0.0) for name in b.names}) == 1 for b in blocks)
 
 
 def _diagonal(space: ParameterSpace, held: Held, like: Tensor) -> Tensor:
