@@ -76,7 +76,7 @@ def matched(module: nn.Module, earlier: ArtifactStore, shared: SharedNames, fres
             found=_some(shapes),
             hint="name them: shared={'encoder.*': 'backbone.encoder.*'}, from the names there to the names here",
         )
-    return Match(pairs, tuple(other))
+    return Match(pairs, tuple(name for name in shapes if name in other))
 
 
 def compared(module: nn.Module, shared: Mapping[str, str], earlier: ArtifactStore) -> dict[str, str]:
