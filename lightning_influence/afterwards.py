@@ -140,6 +140,10 @@ def link_checkpoint(
             found=repr(weight_decay),
             hint="pass the optimizer's weight_decay",
         )
+    if not isinstance(store, (str, os.PathLike)):
+        raise UnsupportedError(
+            "the store is to be a new folder", expected="a str or a Path", found=repr(store), hint="pass a path"
+        )
     chosen = None if statistics is None else statistics_of(statistics)
     if chosen is not None:
         refuse_labels(chosen, labels)

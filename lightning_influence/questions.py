@@ -104,7 +104,8 @@ class Questions:
 
         Returns:
             For each query and sample the shared words of every embedding weight, largest amounts first; their scores
-            sum to the pair's score. Empty for a pair that shares no word.
+            sum to the pair's score. Empty for a pair that shares no word. Through the link of a frozen embedding the
+            words of finetuning texts count as the query's too.
 
         Raises:
             QueryError: an estimator or gradients without words; ids that the store does not hold.

@@ -32,6 +32,10 @@ def local_folder(root: str | os.PathLike[str]) -> Path:
             found=f"an address with the scheme {text.split(':')[0]!r}",
             hint="write to a local folder and copy it afterwards, or mount the remote storage",
         )
+    if "\0" in text:
+        raise StoreError(
+            f"{text!r} is no folder", expected="a path", found="a character that paths cannot have", hint="look at it"
+        )
     return Path(text).expanduser().resolve()
 
 

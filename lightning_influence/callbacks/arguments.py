@@ -53,15 +53,16 @@ def steps(name: str, value: object) -> tuple[int, ...]:
 
 def folder_or_none(name: str, value: object) -> None:
     """UnsupportedError if `value` is no path."""
-    if value is not None and not isinstance(value, (str, Path)):
-        raise UnsupportedError(
-            f"{name} must be a folder", expected="a str or a Path", found=repr(value), hint="pass a path, or None"
-        )
+    if value is not None:
+        folder(name, value)
 
 
 def folder(name: str, value: object) -> None:
-    """UnsupportedError if `value` is no path, or `None`."""
-    folder_or_none(name, ... if value is None else value)
+    """UnsupportedError if `value` is no path."""
+    if not isinstance(value, (str, Path)):
+        raise UnsupportedError(
+            f"{name} must be a folder", expected="a str or a Path", found=repr(value), hint="pass a path"
+        )
 
 
 def callable_or_none(name: str, value: Any) -> Any:

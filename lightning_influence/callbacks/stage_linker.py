@@ -312,11 +312,21 @@ def _pretraining(folder: str | Path, own: Path) -> ArtifactStore:
 
 
 def _reduction(module: LightningModule, data: TrainingData, trainer: Trainer, per_sample_loss: Any) -> Reduction:
-    """How the training loss reduces its batch, by the parameters nearest to it: others may be out of its reach."""
-    try:
-        return self_check(module, select(module, "last_layer"), data, trainer, per_sample_loss).reduction
-    except CaptureError:
-        return self_check(module, select(module, "all"), data, trainer, per_sample_loss).reduction
+    """How the training loss reduces its batch, by the last layer, or the last before it that the loss reaches."""
+    trained = [name for name, p in module.named_parameters() if p.requires_grad]
+    layers: dict[str, list[str]] = {}
+    for name in reversed(trained):
+        layers.setdefault(name.rpartition(".")[0], []).append(name)
+    refused: CaptureError | None = None
+    for selected in ("last_layer", *layers.values()):
+        try:
+            return self_check(module, select(module, selected), data, trainer, per_sample_loss).reduction
+        except CaptureError as error:
+            if "NaN" in error.what:
+                raise
+            refused = refused or error
+    assert refused is not None
+    raise refused
 
 
 def _warn_of_buffers(module: LightningModule, earlier: ArtifactStore) -> None:

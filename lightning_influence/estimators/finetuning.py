@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_influence.artifacts import StageLink
+from lightning_influence.artifacts import Checkpoint, StageLink
 from lightning_influence.curvature import Curvature, Damping, LossOperator, RecordedCurvature, TrainingEvidence
 from lightning_influence.curvature.block_diagonal import BlockDiagonal
 from lightning_influence.curvature.parameter_space import ParameterSpace
-from lightning_influence.errors import QueryError
-from lightning_influence.estimators.estimator import Stage
-from lightning_influence.gradients import Gradients, accumulation_dtype, select
+from lightning_influence.errors import CaptureError, QueryError
+from lightning_influence.estimators.estimator import Queries, Stage
+from lightning_influence.gradients import Dense, Gradients, accumulation_dtype, select
 from lightning_influence.replay import TrainingData
 from lightning_influence.stages import Answer, Held, Link, Trained
 
@@ -105,8 +105,8 @@ class FinetuningProblem:
                 expected=f"the curvature of what was trained: {', '.join(trained[:8])}",
                 found=f"that of {', '.join(self.curvature.parameters[:8])}",
                 hint="take MultiStage(..., finetuned=InfluenceFunction(MatrixFree())), or a dense curvature of all "
-                "trained parameters; where new parameters cannot be solved for, ignore_cross_terms=True leaves their "
-                "answer out",
+                "trained parameters; in scores of pretraining samples alone, ignore_cross_terms=True leaves out the "
+                "answer of new parameters that cannot be solved for",
             )
 
 
@@ -135,3 +135,57 @@ def _flags(module: nn.Module, wanted: dict[str, bool]) -> Iterator[None]:
     finally:
         for name, flag in before.items():
             parameters[name].requires_grad_(flag)
+
+
+def reached_gradients(
+    stage: Stage, queries: Queries, at: Checkpoint, trained: Collection[str], frozen: Collection[str]
+) -> Gradients:
+    """∇m of trained and of frozen parameters. Frozen ones that m does not reach, as an old head, have a gradient of 0.
+
+    Raises:
+        CaptureError: of a trained parameter there is none, or a gradient cannot be captured.
+        QueryError: no parameter is reached; frozen layers ran without a graph.
+    """
+    lost, silent = list[str](), set[nn.Module]()
+    with ExitStack() as hooks:
+        while len(lost) < len(trained) + len(frozen):
+            wanted = [*trained, *(name for name in frozen if name not in lost)]
+            try:
+                found = queries.gradients_at(at, wanted)
+            except CaptureError as error:
+                missing = [name for name in frozen if error.what.startswith(f"no gradient of {name!r} was captured")]
+                if not missing or missing[0] in lost or str(error.found).startswith("only uses"):
+                    raise
+                found = {}
+                if not lost and stage.module is not None:  # from now on, see which layers run without gradients
+                    for layer in stage.module.modules():
+                        note = lambda layer, _: None if torch.is_grad_enabled() else silent.add(layer)  # noqa: E731
+                        hooks.callback(layer.register_forward_pre_hook(note).remove)
+                lost += missing[:1]
+            _refuse_silent(stage.module, silent, lost)
+            if found:
+                like, shapes = next(iter(found.values())), stage.store.manifest.parameters
+                nothing = torch.zeros((), dtype=like.dtype, device=like.device)
+                return {**found, **{n: Dense(nothing.expand(like.num_samples, *shapes[n].shape)) for n in lost}}
+    raise QueryError(
+        "the queries reach no parameter that finetuning took over",
+        expected=f"a measurement that depends on some of {', '.join(lost[:5])}",
+        found="gradients of none",
+        hint="ask with a measurement of the model that was finetuned",
+    )
+
+
+def _refuse_silent(module: nn.Module | None, silent: Collection[nn.Module], names: Collection[str]) -> None:
+    """Refuse frozen parameters whose layers ran under `torch.no_grad()`: what they do to m is not nothing."""
+    if module is None or not silent:
+        return
+    own = {id(p) for layer in silent for p in layer.parameters(recurse=False)}
+    parameters = dict(module.named_parameters())
+    if unseen := [name for name in names if id(parameters[name]) in own]:
+        raise QueryError(
+            f"the layer of {unseen[0]!r} runs under torch.no_grad(), so that a query has no gradient there",
+            expected="frozen layers that run with gradients enabled, their parameters with requires_grad=False",
+            found="a forward pass without a graph",
+            hint="take torch.no_grad() away around the frozen layers (requires_grad_(False) alone keeps them, at no "
+            "more cost), and ask again; the fit need not be repeated",
+        )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from lightning_influence.artifacts import ArtifactStore, StageLink
 from lightning_influence.errors import QueryError
 from lightning_influence.estimators.estimator import Attributor, Estimator, Queries, ScoreBlock, Stage, Term
-from lightning_influence.estimators.finetuning import FinetuningProblem, trained_as
+from lightning_influence.estimators.finetuning import FinetuningProblem, reached_gradients, trained_as
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.fitted import check_model, check_training_data
 from lightning_influence.gradients import Dense, Gradients, Rows, select, word_embeddings
@@ -83,6 +83,7 @@ class MultiStage(Attributor):
             ("link", link, (Link, type(None)), "link=Proximity(), SmallProximity() or Source()"),
             ("finetuned", finetuned, (InfluenceFunction, type(None)), "finetuned=InfluenceFunction('ekfac')"),
             ("module", module, (LightningModule, type(None)), "module=pretrained_module"),
+            ("store", store, (str, os.PathLike, type(None)), "store='folder of the pretraining run'"),
         ):
             if not isinstance(value, kinds):
                 raise QueryError(
@@ -191,17 +192,19 @@ class MultiStage(Attributor):
         link = link_of(stage.store)
         frozen = [name for name in link.shared if name in link.frozen]
         if self.ignore_cross_terms and len(frozen) == len(link.shared):  # nothing is to be solved for
-            v = queries.gradients_at(stage.checkpoints[-1], frozen)
-            return pulled_back(v, Answer({}, {}), link.shared, frozen, None)
+            v = reached_gradients(stage, queries, stage.checkpoints[-1], (), frozen)
+            return pulled_back(v, Answer({}, {}), link.shared, frozen, {})
         problem = self.problem(stage)
         with problem.as_trained():
-            v = queries.gradients_at(problem.found.at, (*problem.trained, *frozen))
+            v = reached_gradients(stage, queries, problem.found.at, problem.trained, frozen)
             answer = problem.answer({name: v[name] for name in problem.trained})
-            if frozen and not self.link.amounts:  # with 2α left out, tuned ones are nothing beside frozen ones
-                answer = Answer(answer.moved, {})
-            cross = problem.cross(frozen, self.train_data(stage)) if frozen and not self.ignore_cross_terms else None
             with stage.at(problem.found.at):
-                found = pulled_back(v, answer, problem.link.shared, frozen, cross)
+                walked = frozen and not self.ignore_cross_terms
+                through = problem.cross(frozen, self.train_data(stage))(answer.moved) if walked else {}
+                fixed = [v[name] for name in frozen] + list(through.values())
+                if not self.link.amounts and any(bool(block.norm().any()) for block in fixed):
+                    answer = Answer(answer.moved, {})  # with 2α left out, tuned ones are nothing beside frozen ones
+                found = pulled_back(v, answer, problem.link.shared, frozen, through)
         for name in _tables(stage.module, problem.link):  # of a look-up every sample touches a few rows
             if isinstance(block := found.get(name), Dense):
                 found[name] = Rows.from_dense(block.values)

@@ -14,7 +14,8 @@ def link_of(store: ArtifactStore) -> StageLink:
     """The link of a finished finetuning run.
 
     Raises:
-        StoreError: there is none; the fit did not reach its end; shared weights moved that were declared frozen.
+        StoreError: there is none, or a damaged one; the fit did not reach its end; shared weights moved that were
+            declared frozen.
     """
     link = store.link
     if link is None:
@@ -34,6 +35,8 @@ def link_of(store: ArtifactStore) -> StageLink:
     known = store.manifest.parameters
     if unknown := [name for name in (*link.shared, *link.frozen) if name not in known]:
         raise _damaged(store, f"the parameter {unknown[0]!r}, which the run does not have")
+    if not link.shared or not (link.alpha is None or 0 < link.alpha < float("inf")):
+        raise _damaged(store, f"{len(link.shared)} shared parameters, and the proximity {link.alpha}")
     if link.moved_though_frozen:
         raise StoreError(
             f"shared weights of {store.root} moved though they were declared frozen",
@@ -86,7 +89,7 @@ def _fitting(store: ArtifactStore, link: StageLink, parent: ArtifactStore) -> Ar
 def _damaged(store: ArtifactStore, found: str) -> StoreError:
     return StoreError(
         f"the link of the store at {store.root} is damaged",
-        expected="parameters of both runs, of equal shapes",
+        expected="parameters of both runs, of equal shapes, and a positive proximity if any",
         found=found,
         hint="restore the store from a copy",
     )

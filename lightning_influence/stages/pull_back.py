@@ -16,7 +16,7 @@ With F its loss and m the query, a change of the weights that it began from chan
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -182,7 +182,7 @@ def pulled_back(
     answer: Answer,
     shared: Mapping[str, str],
     frozen: Collection[str],
-    cross: Callable[[Gradients], Gradients] | None,
+    through: Gradients,
 ) -> dict[str, GradientBlock]:
     """The gradient of m with respect to the weights that finetuning began from, by the earlier run's names.
 
@@ -191,9 +191,8 @@ def pulled_back(
         answer: of the trained ones.
         shared: finetuning's names -> the earlier run's. Several that come from one add up.
         frozen: those of them that stayed where they were.
-        cross: x -> ∇²_{W_f y}F x; `None` leaves it out.
+        through: ∇²_{W_f y}F x; where it is missing it counts as 0.
     """
-    through = {} if cross is None else cross(answer.moved)
     found: dict[str, GradientBlock] = {}
     for name, earlier in shared.items():
         if name in frozen:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import BaseFinetuning, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -25,6 +27,7 @@ from lightning_influence import (
     Proximity,
     QueryError,
     SmallProximity,
+    Source,
     StageLinker,
     StoreError,
     TracIn,
@@ -32,7 +35,7 @@ from lightning_influence import (
 )
 from lightning_influence.cli import inspected
 from tests.callbacks.fits import WARNINGS
-from tests.two_stages import Network, data
+from tests.two_stages import Finetuned, Network, begun, data, fit
 
 pytestmark = [
     *(pytest.mark.filterwarnings(w) for w in WARNINGS),
@@ -40,39 +43,6 @@ pytestmark = [
 ]
 PRE, FINE, ASKED = data(20, 3, 0), data(16, 2, 1), data(4, 2, 2)
 ENCODER = ("encoder.0.weight", "encoder.0.bias")
-
-
-class Finetuned(Network):
-    """The network with an optimizer of choice, over what requires gradients."""
-
-    def __init__(self, classes: int = 2, optimizer: str = "sgd", frozen: bool = False) -> None:
-        super().__init__(classes)
-        self.kind = optimizer
-        if frozen:
-            self.encoder.requires_grad_(False)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        trained = [p for p in self.parameters() if p.requires_grad]
-        if self.kind == "adam":
-            return torch.optim.Adam(trained, lr=0.01)
-        if self.kind == "lbfgs":
-            return torch.optim.LBFGS(trained, lr=0.1)
-        return torch.optim.SGD(trained, lr=0.1, momentum=0.5, weight_decay=0.01)
-
-
-def loader(dataset: Any, batch_size: int = 4) -> DataLoader[Any]:
-    return DataLoader(dataset, batch_size=batch_size, shuffle=True, generator=torch.Generator().manual_seed(0))
-
-
-def fit(root: Path, module: Any, dataset: Any, *callbacks: Callback, epochs: int = 2, **options: Any) -> Trainer:
-    settings = {"logger": False, "enable_checkpointing": False, **options}
-    ckpt_path = settings.pop("ckpt_path", None)
-    trainer = Trainer(
-        default_root_dir=root, max_epochs=epochs, accelerator="cpu", enable_progress_bar=False,
-        enable_model_summary=False, callbacks=list(callbacks), **settings,
-    )  # fmt: skip
-    trainer.fit(module, loader(dataset), ckpt_path=ckpt_path)
-    return trainer
 
 
 @pytest.fixture(scope="module")
@@ -83,14 +53,6 @@ def pretraining(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Network
     module = Network(3).double()
     fit(root, module, PRE, GradientSnapshot(root / "pre", "all"), CurvatureSnapshot(root / "pre"))
     return root / "pre", module
-
-
-def begun(pretrained: Network, **options: Any) -> Finetuned:
-    """A module to finetune, with the encoder of the pretrained one."""
-    seed_everything(1, verbose=False)
-    module = Finetuned(**options).double()
-    module.encoder.load_state_dict(pretrained.encoder.state_dict())
-    return module
 
 
 @pytest.mark.parametrize("frozen", [False, True])
@@ -124,7 +86,7 @@ def test_the_link_says_what_became_of_the_shared_weights(tmp_path, pretraining, 
 
 def test_adam_says_its_denominators(tmp_path, pretraining):
     folder, pretrained = pretraining
-    module = begun(pretrained, optimizer="adam")
+    module = begun(pretrained, optimizer="Adam")
     fit(tmp_path, module, FINE, StageLinker(tmp_path / "fine", pretrain=folder), CurvatureSnapshot(tmp_path / "fine"))
     store = ArtifactStore.open(tmp_path / "fine")
     link = store.link
@@ -354,6 +316,243 @@ def test_frozen_parameters_need_the_finetuning_data_or_leave_to_ignore_them(tmp_
     whole = InfluenceModule(module, tmp_path / "fine", method, train_loader=fine).scores(ASKED.tensors)
     assert not torch.allclose(without, whole)
     assert all(p.requires_grad != name.startswith("encoder") for name, p in module.named_parameters())
+
+
+# -- names, heads and buffers ---------------------------------------------------------------------------------------
+
+
+class Prefixed(Finetuned):
+    """All of the network under another name."""
+
+    def __init__(self, classes: int = 2) -> None:
+        super().__init__(classes)
+        self.net = nn.ModuleDict({"encoder": self.encoder, "head": self.head})
+        del self.encoder, self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net["head"](self.net["encoder"](x))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("classes", "settings", "other_shapes"),
+    [(2, {}, ("net.head.weight", "net.head.bias")), (2, {"fresh": "net.head.*"}, ()), (3, {"fresh": "net.head.*"}, ())],
+    ids=["resized", "resized and fresh", "fresh"],
+)
+def test_a_star_over_all_takes_the_encoder_alone(tmp_path, pretraining, classes, settings, other_shapes):
+    folder, pretrained = pretraining
+    seed_everything(1, verbose=False)
+    module = Prefixed(classes).double()
+    module.net["encoder"].load_state_dict(pretrained.encoder.state_dict())
+    linker = StageLinker(tmp_path / "fine", pretrain=folder, shared={"*": "net.*"}, **settings)
+    fit(tmp_path, module, data(8, classes, 5), linker, epochs=1)
+    link = ArtifactStore.open(tmp_path / "fine").link
+    assert link is not None and dict(link.shared) == {f"net.{name}": name for name in ENCODER}
+    assert link.other_shapes == other_shapes
+
+
+class Alias(Finetuned):
+    """A second name of the encoder's weight, which PyTorch leaves out of named_parameters()."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mirror = nn.Linear(3, 4, bias=False)
+        self.mirror.weight = self.encoder[0].weight
+
+
+@pytest.mark.parametrize("name", ["encoder.0.weight", "mirror.weight"])
+def test_any_name_of_a_tied_parameter_will_do(tmp_path, pretraining, name):
+    folder, pretrained = pretraining
+    module = begun(pretrained, Alias)
+    linker = StageLinker(tmp_path / "fine", pretrain=folder, shared={"encoder.0.weight": name})
+    fit(tmp_path, module, FINE, linker, epochs=1)
+    link = ArtifactStore.open(tmp_path / "fine").link
+    assert link is not None and dict(link.shared) == {"encoder.0.weight": "encoder.0.weight"}
+
+
+class Normed(Finetuned):
+    """With running statistics."""
+
+    def __init__(self, classes: int = 2) -> None:
+        super().__init__(classes)
+        self.encoder = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh())
+        self.encoder.requires_grad_(classes == 3)
+
+
+def test_running_statistics_that_begin_otherwise_are_told_and_a_query_is_in_eval_mode(tmp_path):
+    seed_everything(0, verbose=False)
+    pretrained = Normed(3).double()
+    fit(tmp_path, pretrained, PRE, GradientSnapshot(tmp_path / "pre", "all"), CurvatureSnapshot(tmp_path / "pre"))
+    whole, parts = Normed().double(), Normed().double()
+    state = pretrained.encoder.state_dict()
+    whole.encoder.load_state_dict(state)
+    parts.encoder.load_state_dict({n: v for n, v in state.items() if "running" not in n}, strict=False)
+    with pytest.warns(UserWarning, match=r"encoder\.1\.running_mean, encoder\.1\.running_var begin with other values"):
+        fit(tmp_path, parts, FINE, StageLinker(tmp_path / "parts", pretrain=tmp_path / "pre"), epochs=1)
+    linker = StageLinker(tmp_path / "whole", pretrain=tmp_path / "pre")
+    fit(tmp_path, whole, FINE, linker, CurvatureSnapshot(tmp_path / "whole"))  # warnings are errors
+    buffers = copy.deepcopy(dict(whole.named_buffers()))
+    influence = InfluenceModule(
+        whole, tmp_path / "whole", MultiStage(InfluenceFunction("ekfac")), train_loader=DataLoader(FINE, 4)
+    )
+    whole.train()
+    scores = influence.scores(ASKED.tensors)
+    alone = torch.cat([influence.scores([part[i : i + 1] for part in ASKED.tensors]) for i in range(4)])
+    torch.testing.assert_close(alone, scores, rtol=1e-10, atol=1e-12)  # in training mode they would hang together
+    assert whole.training and all(torch.equal(buffers[name], value) for name, value in whole.named_buffers())
+
+
+class Kept(Finetuned):
+    """A head that nothing uses any more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.old = nn.Linear(4, 3)
+
+
+class Silent(Finetuned):
+    """The encoder runs without gradients, and its parameters require them all the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = self.encoder(x)
+        return self.head(h)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("kind", "still"), [(Kept, ("old.weight", "old.bias")), (Silent, ENCODER)])
+def test_what_no_gradient_reaches_is_frozen(tmp_path, pretraining, kind, still):
+    folder, pretrained = pretraining
+    fit(tmp_path, begun(pretrained, kind), FINE, StageLinker(tmp_path / "fine", pretrain=folder))
+    link = ArtifactStore.open(tmp_path / "fine").link
+    assert link is not None and link.complete and link.frozen == still
+    assert link.travel == pytest.approx(dict.fromkeys(link.travel, 8 * 0.2)) and not set(still) & set(link.travel)
+
+
+# -- proximities, and fits that go another way ----------------------------------------------------------------------
+
+
+def test_the_proximity_of_the_run_is_taken_unless_another_is_given(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    module = begun(pretrained)
+    linker = StageLinker(tmp_path / "fine", pretrain=folder, proximity=0.7)
+    fit(tmp_path, module, FINE, linker, CurvatureSnapshot(tmp_path / "fine"), epochs=1)
+    for form, held in ((None, 1.4), (Proximity(), 1.4), (Proximity(0.1), 0.2), (Source(), 1 / 0.8)):
+        influence = InfluenceModule(module, tmp_path / "fine", MultiStage(InfluenceFunction("ekfac"), form))
+        found = influence.estimator.problem(influence.stage).held
+        names = ENCODER if form is None or isinstance(form, Proximity) else (*ENCODER, "head.weight", "head.bias")
+        assert found == pytest.approx(dict.fromkeys(names, held), rel=1e-12)
+
+
+def test_an_optimizer_that_divides_otherwise_ends_well_and_has_no_default_proximity(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    module = begun(pretrained, optimizer="Adafactor")
+    fit(tmp_path, module, FINE, StageLinker(tmp_path / "fine", pretrain=folder), CurvatureSnapshot(tmp_path / "fine"))
+    link = ArtifactStore.open(tmp_path / "fine").link
+    assert link is not None and link.complete and dict(link.travel) == {} and link.optimizers == ("Adafactor",)
+    for form in (Proximity(), Source()):
+        with pytest.raises(QueryError, match="how far finetuning went is not known") as refused:
+            InfluenceModule(module, tmp_path / "fine", MultiStage(InfluenceFunction("ekfac"), form)).scores(
+                ASKED.tensors
+            )
+        assert "Adafactor" in str(refused.value)
+
+
+def test_a_finished_fit_that_is_taken_up_and_interrupted_has_not_ended(tmp_path, pretraining):
+    folder, pretrained = pretraining
+
+    class Stopping(Callback):
+        def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+            raise RuntimeError("power cut")
+
+    def run(*more: Callback, **options: Any) -> None:
+        linker = StageLinker(tmp_path / "fine", pretrain=folder)
+        saver = ModelCheckpoint(tmp_path / "ckpt", save_last=True, save_on_train_epoch_end=True)
+        snapshot = CurvatureSnapshot(tmp_path / "fine", every_n_epochs=1)
+        fit(tmp_path, module, FINE, linker, snapshot, saver, *more, enable_checkpointing=True, **options)
+
+    module = begun(pretrained)
+    last = tmp_path / "ckpt" / "last.ckpt"
+    run(epochs=1)
+    assert ArtifactStore.open(tmp_path / "fine").link.complete  # type: ignore[union-attr]
+    with pytest.raises(RuntimeError, match="power cut"):
+        run(Stopping(), epochs=3, ckpt_path=last)
+    assert not ArtifactStore.open(tmp_path / "fine").link.complete  # type: ignore[union-attr]
+    with pytest.raises(StoreError, match="did not reach its end"):
+        InfluenceModule(module, tmp_path / "fine", MultiStage(InfluenceFunction("ekfac"))).scores(ASKED.tensors)
+    run(epochs=2, ckpt_path=last)
+    link = ArtifactStore.open(tmp_path / "fine").link
+    assert link is not None and link.complete
+    assert link.travel == pytest.approx(dict.fromkeys(link.travel, 8 * 0.2), rel=1e-12)
+
+
+def test_a_linker_without_a_folder_serves_another_fit(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    linker = StageLinker(pretrain=folder)
+    for place in ("one", "two"):
+        fit(tmp_path / place, begun(pretrained), FINE, linker, epochs=1)
+        store = ArtifactStore.open(tmp_path / place / "influence")
+        assert store.link is not None and store.link.complete
+        assert store.link.travel == pytest.approx(dict.fromkeys(store.link.travel, 4 * 0.2), rel=1e-12)
+        assert [checkpoint.step for checkpoint in store.checkpoints()] == [4]
+
+
+def test_a_linker_of_a_resumed_fit_serves_another_fit(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    first, again = StageLinker(pretrain=folder), StageLinker(pretrain=folder)
+
+    def run(place: str, linker: StageLinker, **options: Any) -> Path:
+        saver = ModelCheckpoint(tmp_path / place / "ckpt", save_last=True, save_on_train_epoch_end=True)
+        settings = {"logger": CSVLogger(tmp_path / place), "enable_checkpointing": True, **options}
+        fit(tmp_path / place, begun(pretrained), FINE, linker, saver, **settings)
+        return linker.artifacts.root
+
+    root = run("a", first, epochs=1)
+    assert run("a", again, epochs=2, ckpt_path=tmp_path / "a" / "ckpt" / "last.ckpt") == root
+    other = run("b", again, epochs=1)
+    assert tmp_path / "b" in other.parents
+    for place, steps in ((root, 8), (other, 4)):
+        link = ArtifactStore.open(place).link
+        assert link is not None and link.complete
+        assert link.travel == pytest.approx(dict.fromkeys(link.travel, steps * 0.2), rel=1e-12)
+
+
+class Removing(Callback):
+    """Moves a folder away in the middle of the fit."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            shutil.rmtree(self.folder)
+
+
+def test_a_fit_ends_well_without_the_pretraining_folder(tmp_path, pretraining):
+    folder, pretrained = pretraining
+    shutil.copytree(folder, tmp_path / "pre")
+    module = begun(pretrained)
+    linker = StageLinker(tmp_path / "fine", pretrain=tmp_path / "pre")
+    fit(tmp_path, module, FINE, Removing(tmp_path / "pre"), linker, CurvatureSnapshot(tmp_path / "fine"))
+    link = ArtifactStore.open(tmp_path / "fine").link
+    assert link is not None and link.complete and dict(link.shared) == {name: name for name in ENCODER}
+    with pytest.raises(StoreError, match="is not there"):
+        InfluenceModule(module, tmp_path / "fine", MultiStage(InfluenceFunction("ekfac"))).scores(ASKED.tensors)
+    elsewhere = MultiStage(InfluenceFunction("ekfac"), store=folder)
+    assert InfluenceModule(module, tmp_path / "fine", elsewhere).scores(ASKED.tensors).shape == (4, 20)
+
+
+def test_a_run_before_the_pretraining_run_need_not_be_there(pair, tmp_path):
+    root, module = pair
+    shutil.copytree(root / "fine", tmp_path / "middle" / "fine")
+    before = ArtifactStore.open(root / "fine").link
+    assert before is not None
+    moved = ArtifactStore.open(tmp_path / "middle" / "fine")
+    gone = dataclasses.replace(before, parent_folder="/nowhere")
+    ArtifactStore.resume(moved.root, moved.manifest, None).record_link(gone)
+    third = begun(module)
+    third.load_state_dict(module.state_dict())
+    fit(tmp_path, third, FINE, StageLinker(tmp_path / "third", pretrain=moved.root), epochs=1)
+    link = ArtifactStore.open(tmp_path / "third").link
+    assert link is not None and link.complete and len(link.shared) == 4
 
 
 # -- refusals -------------------------------------------------------------------------------------------------------

@@ -2,148 +2,74 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import copy
+import pickle
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_influence import (
+    BM25,
     EKFAC,
+    ArtifactStore,
+    CurvatureSnapshot,
+    GradientSnapshot,
     InfluenceFunction,
     InfluenceModule,
     MatrixFree,
     MultiStage,
     Proximity,
+    QueryError,
     SmallProximity,
     Source,
+    StageLinker,
+    StoreError,
+    TracIn,
 )
-from lightning_influence.artifacts import ArtifactStore
 from lightning_influence.curvature import Dense
+from tests.callbacks.fits import WARNINGS
 from tests.two_stages import (
+    ASKED,
     DECAY,
+    FINE_DATA,
+    PRE_DATA,
+    SHARED,
+    STEP,
     Network,
+    Stages,
     State,
+    begun,
     data,
     encoder,
+    estimator,
+    finetuned,
+    fit,
+    flat_of,
     linked,
     loader,
+    logits_at,
     losses,
     minimum,
     network,
     objective,
+    pretrained,
+    rows,
+    stages,
     state_of,
     stored,
+    streamed,
+    trainer,
+    true_scores,
     with_state,
 )
 
-SHARED = ("encoder.0.weight", "encoder.0.bias")
-STEP = 1e-4
 EXACT = pytest.mark.parametrize(
     "curvature", [Dense("hessian"), MatrixFree("hessian", "minres", tolerance=1e-13)], ids=["dense", "matrix_free"]
 )
-
-
-@dataclass
-class Stages:
-    """Two runs, trained to the bottom, with their stores."""
-
-    pre: Network
-    fine: Network
-    pre_store: ArtifactStore
-    fine_store: ArtifactStore
-
-    def scores(self, estimator: Any, asked: Any, **options: Any) -> Tensor:
-        return InfluenceModule(self.fine, self.fine_store, estimator, **options).scores(asked.tensors)
-
-
-PRE_DATA, FINE_DATA, ASKED = data(9, 3, 0), data(8, 2, 1), data(3, 2, 2)
-
-
-def pretrained(sample: int = 0, weight: float = 0.0) -> State:
-    module = network(3, 0)
-    return minimum(objective(module, PRE_DATA, sample=sample, weight=weight), begin=_pretrained_begin())
-
-
-_BEGIN: dict[str, State] = {}
-
-
-def _pretrained_begin() -> State:
-    if "pre" not in _BEGIN:
-        module = network(3, 0)
-        _BEGIN["pre"] = minimum(objective(module, PRE_DATA), state_of(module))
-    return _BEGIN["pre"]
-
-
-def finetuned(start: State, alpha: float | None) -> State:
-    """The state of the finetuned network: α is `None` where the encoder is frozen."""
-    module = network(2, 1)
-    begin = _BEGIN.get(f"fine {alpha}", {**state_of(module), **encoder(start)})
-    if alpha is None:
-        head = {name: value for name, value in begin.items() if name.startswith("head")}
-        found = {**encoder(start), **minimum(objective(module, FINE_DATA, encoder(start)), head)}
-    else:
-        found = minimum(objective(module, FINE_DATA, alpha=alpha, start=encoder(start)), begin)
-    _BEGIN.setdefault(f"fine {alpha}", found)
-    return found
-
-
-def true_scores(alpha: float | None, samples: range) -> Tensor:
-    """−dm/dε by central differences over both stages, (Q, samples)."""
-    module = network(2, 1)
-    columns = []
-    for sample in samples:
-        ends = [
-            losses(module, finetuned(pretrained(sample, sign * STEP), alpha), ASKED).detach() for sign in (1.0, -1.0)
-        ]
-        columns.append(-(ends[0] - ends[1]) / (2 * STEP))
-    return torch.stack(columns, 1)
-
-
-def stages(root: Path, alpha: float | None, statistics: Any = None) -> Stages:
-    start = pretrained()
-    pre = with_state(network(3, 0), start)
-    fine = with_state(network(2, 1), finetuned(start, alpha))
-    pre_store = stored(root / "pre", pre, PRE_DATA, statistics)
-    if alpha is None:
-        for name in SHARED:
-            fine.get_parameter(name).requires_grad_(False)
-    fine_store = stored(root / "fine", fine, FINE_DATA, statistics)
-    facts = {"frozen": SHARED} if alpha is None else {}
-    return Stages(pre, fine, pre_store, linked(fine_store, pre_store, dict(zip(SHARED, SHARED, strict=True)), **facts))
-
-
-def estimator(curvature: Any, made: Stages, link: Any = None, **options: Any) -> MultiStage:
-    exact = InfluenceFunction(curvature, damping=0.0)
-    return MultiStage(
-        exact, link, finetuned=InfluenceFunction(curvature, damping=0.0), module=made.pre,
-        train_loader=loader(PRE_DATA), **options,
-    )  # fmt: skip
-
-
-def trainer() -> Trainer:
-    return Trainer(
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        accelerator="cpu",
-        enable_checkpointing=False,
-    )
-
-
-def streamed(
-    made: Stages, asked: Any, method: MultiStage, fine_data: Any = FINE_DATA, pre_data: Any = PRE_DATA
-) -> Tensor:
-    """All scores of pretraining samples that stream by."""
-    influence = InfluenceModule(made.fine, made.fine_store, method, train_loader=loader(fine_data), k=len(pre_data))
-    influence.prepare([asked.tensors])
-    trainer().predict(influence, loader(pre_data))
-    ranking = influence.attribution.proponents
-    return torch.zeros_like(ranking.scores).scatter(1, ranking.sample_ids, ranking.scores)
 
 
 @EXACT
@@ -272,6 +198,70 @@ def test_a_small_proximity_ranks_as_its_limit_does(tmp_path):
     torch.testing.assert_close(near / (2 * alpha), limit, rtol=1e-4, atol=1e-7)
 
 
+class Twice(Network):
+    """Two layers before the encoder, which may be one."""
+
+    def __init__(self, classes: int, tied: bool) -> None:
+        super().__init__(classes)
+        self.first, self.second = nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False)
+        if tied:
+            self.second.weight = self.first.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.second(torch.tanh(self.first(x))))
+
+
+def test_copies_of_what_was_tied_in_pretraining_add_up(tmp_path):
+    """One matrix in pretraining, two in finetuning that begin at it and part."""
+    torch.manual_seed(3)
+    tied, untied, alpha = Twice(3, True).double(), Twice(2, False).double(), 0.05
+    at = minimum(objective(tied, PRE_DATA), state_of(tied))
+
+    def first(sample: int = 0, weight: float = 0.0) -> State:
+        return minimum(objective(tied, PRE_DATA, sample=sample, weight=weight), at)
+
+    def last(begin: State, near: State | None = None) -> State:
+        taken = {**encoder(begin), "first.weight": begin["first.weight"], "second.weight": begin["first.weight"]}
+        free = near or {**state_of(untied), **taken}
+        return minimum(objective(untied, FINE_DATA, alpha=alpha, start=taken), free)
+
+    end = last(at)
+    pre, fine = with_state(tied, at), with_state(untied, end)
+    names = {**dict(zip(SHARED, SHARED, strict=True)), "first.weight": "first.weight", "second.weight": "first.weight"}
+    pre_store = stored(tmp_path / "pre", pre, PRE_DATA)
+    fine_store = linked(stored(tmp_path / "fine", fine, FINE_DATA), pre_store, names)
+    made = Stages(pre, fine, pre_store, fine_store)
+    found = streamed(made, ASKED, estimator(Dense("hessian"), made, Proximity(alpha)))
+    for sample in range(2):
+        ends = [losses(untied, last(first(sample, sign * STEP), end), ASKED) for sign in (1.0, -1.0)]
+        truth = -(ends[0] - ends[1]) / (2 * STEP)
+        assert float((found[:, sample] - truth).norm() / truth.norm()) < 1e-6
+
+
+def test_three_stages_with_a_frozen_one_in_the_middle_equal_training_all_of_them_again(tmp_path):
+    """The middle run trains a head on a fixed encoder; the last one tunes both."""
+    alpha, module = 0.2, network(2, 5)
+    last_data, asked = data(7, 2, 6), data(2, 2, 7)
+
+    def last(begin: State) -> State:
+        return minimum(objective(module, last_data, alpha=alpha, start=begin), begin)
+
+    made = stages(tmp_path, None)
+    third = with_state(module, last(finetuned(pretrained(), None)))
+    names = {name: name for name, _ in third.named_parameters()}
+    third_store = linked(stored(tmp_path / "third", third, last_data), made.fine_store, names)
+    exact = Dense("hessian")
+    outer = MultiStage(
+        estimator(exact, made), Proximity(alpha), finetuned=InfluenceFunction(exact, damping=0.0), module=made.fine,
+        train_loader=loader(FINE_DATA),
+    )  # fmt: skip
+    found = streamed(Stages(made.pre, third, made.pre_store, third_store), asked, outer, last_data)
+    for sample in range(2):
+        ends = [losses(module, last(finetuned(pretrained(sample, sign * STEP), None)), asked) for sign in (1.0, -1.0)]
+        truth = -(ends[0] - ends[1]) / (2 * STEP)
+        assert float((found[:, sample] - truth).norm() / truth.norm()) < 1e-6
+
+
 # -- curvature in blocks --------------------------------------------------------------------------------------------
 
 
@@ -353,27 +343,6 @@ def gauss_newton(module: Network, dataset: Any) -> Tensor:
     return total  # type: ignore[no-any-return]
 
 
-def rows(module: Network, dataset: Any) -> Tensor:
-    """The loss gradient of every sample, (N, P)."""
-    found = []
-    for x, y in zip(*dataset.tensors, strict=True):
-        flat = flat_of(module).requires_grad_()
-        loss = F.cross_entropy(logits_at(module, flat, x)[None], y[None])
-        found.append(torch.autograd.grad(loss, flat)[0])
-    return torch.stack(found)
-
-
-def flat_of(module: Network) -> Tensor:
-    return torch.cat([p.detach().reshape(-1) for p in module.parameters()])
-
-
-def logits_at(module: Network, flat: Tensor, x: Tensor) -> Tensor:
-    named = dict(module.named_parameters())
-    parts = flat.split([p.numel() for p in named.values()])
-    state = {name: part.view(p.shape) for (name, p), part in zip(named.items(), parts, strict=True)}
-    return torch.func.functional_call(module, state, (x[None],))[0]  # type: ignore[no-any-return]
-
-
 # -- how firmly the start is held -----------------------------------------------------------------------------------
 
 
@@ -415,3 +384,200 @@ def test_source_is_what_gradient_descent_with_small_steps_does(tmp_path):
     own = asked.gradients_at(fine_store.checkpoints()[-1], ["layer.weight"])["layer.weight"].dense()
     decayed = grown * (1 - rate * DECAY) ** steps
     torch.testing.assert_close(pulled, own @ decayed, rtol=2e-4, atol=1e-8)
+
+
+# -- in fits, files and refusals ------------------------------------------------------------------------------------
+
+
+FITS = [
+    *(pytest.mark.filterwarnings(w) for w in WARNINGS),
+    pytest.mark.filterwarnings("ignore:The model was far from a stationary point"),
+]
+
+
+def in_fits(function: Any) -> Any:
+    for mark in FITS:
+        function = mark(function)
+    return function
+
+
+@in_fits
+@pytest.mark.parametrize("form", [Proximity(), Source()], ids=repr)
+@pytest.mark.parametrize("optimizer", ["Adam", "AdamW", "RMSprop"])
+def test_under_adam_the_start_is_held_entry_by_entry(tmp_path, form, optimizer):
+    """P = (√v̂+ε)/Σ_t η_t: x = (H + P E)⁻¹ v, or the exponential in the metric of P."""
+    start = network(3, 0)
+    stored(tmp_path / "pre", start, PRE_DATA)
+    module = begun(start, optimizer=optimizer)
+    linker = StageLinker(tmp_path / "fine", pretrain=tmp_path / "pre")
+    ended = fit(tmp_path, module, FINE_DATA, linker, epochs=3)
+    scale = {}
+    for name, p in module.named_parameters():
+        state, group = ended.optimizers[0].state[p], ended.optimizers[0].param_groups[0]
+        second, eps = state.get("exp_avg_sq", state.get("square_avg")), group["eps"]
+        correction = 1 - group["betas"][1] ** 6 if "betas" in group else 1.0
+        scale[name] = ((second / correction).sqrt() + eps) / (6 * 0.01)
+    solved = InfluenceFunction(Dense("ggn"), damping=0.05)
+    method = MultiStage(InfluenceFunction(Dense("ggn"), damping=0.1), form, finetuned=solved, module=start)
+    influence = InfluenceModule(module, tmp_path / "fine", method, train_loader=loader(FINE_DATA))
+    queries = influence.estimator.asked(influence.stage, influence._queries([ASKED.tensors]))
+    found = queries.gradients_at(None, SHARED)  # type: ignore[arg-type]
+    decay = 0.01 if optimizer == "AdamW" else 0.0
+    h, m = gauss_newton(module, FINE_DATA), rows(module, ASKED)
+    p = torch.cat([scale[name].reshape(-1) for name, _ in module.named_parameters()])
+    means = [scale[name].mean().expand(value.numel()) for name, value in module.named_parameters()]
+    h = h + torch.diag(decay * torch.cat(means) * (6 * 0.01))  # decoupled: wd (√v̂+ε), the mean of each parameter
+    size = sum(module.get_parameter(name).numel() for name in SHARED)
+    if isinstance(form, Source):
+        values, u = torch.linalg.eigh(h / p.sqrt()[:, None] / p.sqrt())
+        expected = ((m / p.sqrt()) @ u @ torch.diag((-values).exp()) @ u.T * p.sqrt())[:, :size]
+    else:
+        held = torch.where(torch.arange(len(p)) < size, p, 0.0)
+        expected = (torch.linalg.solve(h + torch.diag(held + 0.05), m.T).T * p)[:, :size]
+    there = torch.cat([found[name].dense().flatten(1) for name in SHARED], 1)
+    torch.testing.assert_close(there, expected, rtol=1e-6, atol=1e-9)
+
+
+@in_fits
+@pytest.mark.parametrize("form", [Proximity(), SmallProximity(), Source()], ids=repr)
+@pytest.mark.parametrize("kind", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_narrow_types_give_finite_answers_near_those_of_wide_ones(tmp_path, form, kind):
+    start = network(3, 0)
+    stored(tmp_path / "pre", start, PRE_DATA, EKFAC())
+    x, y = FINE_DATA.tensors
+    found = []
+    for dtype in (torch.float64, kind):
+        folder = tmp_path / str(dtype)
+        module = begun(start).to(dtype)
+        dataset = torch.utils.data.TensorDataset(x.to(dtype), y)
+        fit(
+            tmp_path,
+            module,
+            dataset,
+            StageLinker(folder, pretrain=tmp_path / "pre"),
+            CurvatureSnapshot(folder),
+            epochs=1,
+        )
+        method = MultiStage(InfluenceFunction("ekfac", damping=0.1), form, finetuned=InfluenceFunction(damping=0.2))
+        influence = InfluenceModule(module, folder, method)
+        asked = [ASKED.tensors[0].to(dtype), ASKED.tensors[1]]
+        queries = influence.estimator.asked(influence.stage, influence._queries([asked]))
+        back = queries.gradients_at(None, SHARED)  # type: ignore[arg-type]
+        found.append(torch.cat([back[name].dense().flatten(1).double() for name in SHARED], 1))
+    assert bool(found[1].isfinite().all())
+    near = 1e-3 if kind == torch.float32 else 0.2
+    assert float((found[1] - found[0]).norm() / found[0].norm()) < near
+
+
+@in_fits
+def test_a_module_that_has_answered_is_pickled_and_answers_again(tmp_path):
+    start = network(3, 0)
+    fit(tmp_path, start, PRE_DATA, GradientSnapshot(tmp_path / "pre", "all"), CurvatureSnapshot(tmp_path / "pre"))
+    module = begun(start)
+    linker = StageLinker(tmp_path / "fine", pretrain=tmp_path / "pre")
+    fit(tmp_path, module, FINE_DATA, linker, CurvatureSnapshot(tmp_path / "fine"))
+    influence = InfluenceModule(module, tmp_path / "fine", MultiStage(InfluenceFunction("ekfac")))
+    scores = influence.scores(ASKED.tensors)
+    for again in (pickle.loads(pickle.dumps(influence)), copy.deepcopy(influence)):
+        assert torch.equal(again.scores(ASKED.tensors), scores)
+
+
+def test_scores_that_were_interrupted_go_on_and_those_of_another_link_are_refused(tmp_path):
+    made, path = stages(tmp_path, 0.05), tmp_path / "scores.safetensors"
+
+    def run(method: MultiStage, **limits: Any) -> InfluenceModule:
+        influence = InfluenceModule(made.fine, made.fine_store, method, train_loader=loader(FINE_DATA), k=3)
+        influence.prepare([ASKED.tensors], scores_file=path)
+        trainer(**limits).predict(influence, loader(PRE_DATA, 3))
+        return influence
+
+    def method(link: Any = None, **options: Any) -> MultiStage:
+        return estimator(Dense("ggn"), made, link or Proximity(0.05), **options)
+
+    some = run(method(), limit_predict_batches=2).streamed_scores
+    assert bool(some[:, :6].isfinite().all()) and bool(some[:, 6:].isnan().all())
+    for other in (method(Proximity(0.06)), method(SmallProximity())):
+        with pytest.raises(QueryError, match="scores of something else"):
+            run(other)
+    scores = run(method()).streamed_scores
+    assert torch.equal(scores[:, :6], some[:, :6])
+    torch.testing.assert_close(scores, streamed(made, ASKED, method()).float(), rtol=1e-5, atol=1e-7)
+
+
+def test_a_pretraining_module_that_is_frozen_is_refused(tmp_path):
+    made = stages(tmp_path, 0.05)
+    made.pre.requires_grad_(False)
+    with pytest.raises(QueryError, match="no parameter of the pretraining module requires gradients") as refused:
+        streamed(made, ASKED, estimator(Dense("ggn"), made))
+    assert "requires_grad_(True)" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ((InfluenceFunction("ekfac"),), {"finetuned": InfluenceFunction(parameters="encoder.*")}),
+            "all that finetuning",
+        ),
+        (((InfluenceFunction("ekfac"),), {"finetuned": TracIn()}), "as finetuned="),
+        (((InfluenceFunction("ekfac"), 0.1), {}), "as link="),
+        (((InfluenceFunction("ekfac"), Proximity), {}), "as link="),
+        (((TracIn,), {}), "as inner="),
+        (((BM25(),), {}), "as inner="),
+        (((InfluenceFunction("ekfac"),), {"module": nn.Linear(1, 1)}), "as module="),
+        (((InfluenceFunction("ekfac"),), {"store": 3}), "as store="),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_arguments_that_are_none_of_theirs_are_refused(arguments, message):
+    given, named = arguments
+    with pytest.raises(QueryError, match=message) as refused:
+        MultiStage(*given, **named)
+    assert "HINT" in str(refused.value)
+
+
+@pytest.mark.parametrize("alpha", [0, -1.0, float("nan"), float("inf"), True, "0.1"])
+def test_an_alpha_that_is_no_positive_number_is_refused(alpha):
+    with pytest.raises(QueryError, match="no proximity"):
+        Proximity(alpha)
+
+
+def test_the_module_and_data_of_another_run_are_refused(tmp_path):
+    made = stages(tmp_path, 0.05)
+    exact = InfluenceFunction(Dense("ggn"), damping=0.1)
+    for options in ({"module": made.fine}, {"module": made.pre, "train_loader": loader(FINE_DATA)}):
+        with pytest.raises(StoreError):
+            streamed(made, ASKED, MultiStage(exact, finetuned=exact, **options))
+    with pytest.raises(StoreError, match="linked to no earlier run"):  # one run further back than there are
+        streamed(made, ASKED, MultiStage(MultiStage(exact, finetuned=exact, module=made.pre), finetuned=exact))
+
+
+@pytest.mark.parametrize(
+    ("facts", "error", "message"),
+    [
+        ({"travel": {SHARED[0]: -1.0, SHARED[1]: 1.0}}, QueryError, r"not known for encoder\.0\.weight"),
+        ({"travel": {}}, QueryError, "how far finetuning went is not known"),
+        ({"alpha": -1.0}, StoreError, "is damaged"),
+        ({"alpha": 0.0}, StoreError, "is damaged"),
+        ({"shared": {}}, StoreError, "is damaged"),
+        ({"shared": {"nope": SHARED[0]}}, StoreError, "is damaged"),
+        ({"shared": {SHARED[0]: "nope"}}, StoreError, "is damaged"),
+        ({"shared": {SHARED[0]: SHARED[1]}}, StoreError, "is damaged"),
+        ({"parent": ""}, StoreError, "is not there"),
+        ({"parent_beside": "\0", "parent_folder": "a" * 5000}, StoreError, "is not there"),
+        ({"complete": "false"}, StoreError, "did not reach its end"),
+        ({"start": [1]}, StoreError, "is damaged"),
+    ],
+    ids=lambda value: str(value)[:24] if isinstance(value, dict) else "",
+)
+def test_a_link_that_was_tampered_with_is_refused_and_never_fails_raw(tmp_path, facts, error, message):
+    made = stages(tmp_path, 0.05)
+    assert made.fine_store.link is not None
+    writable = ArtifactStore.resume(made.fine_store.root, made.fine_store.manifest, None)
+    writable.record("stage_link", {**made.fine_store.link.to_json(), "travel": dict.fromkeys(SHARED, 1.0), **facts})
+    exact = InfluenceFunction(Dense("ggn"), damping=0.1)
+    method = MultiStage(exact, finetuned=exact, module=made.pre, train_loader=loader(PRE_DATA))
+    influence = InfluenceModule(made.fine, made.fine_store.root, method, train_loader=loader(FINE_DATA))
+    with pytest.raises(error, match=message) as refused:
+        influence.prepare([ASKED.tensors])
+    assert "HINT" in str(refused.value)

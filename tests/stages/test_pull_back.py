@@ -122,10 +122,10 @@ def test_frozen_ones_lose_what_the_new_ones_answer_and_copies_add_up():
     answer = Answer({"d": v["d"]}, {"copy": twin})
     through = {"w": Dense(draw(2, 2, 3, seed=3))}
     shared = {"w": "W", "copy": "W", "b": "B", "other": "O"}
-    found = pulled_back(v, answer, shared, ("w", "b"), lambda x: through if x is answer.moved else {})
+    found = pulled_back(v, answer, shared, ("w", "b"), through)
     assert set(found) == {"W", "B"}  # what was neither frozen nor answered for has no part
     expected = v["w"].dense() - through["w"].dense() + twin.dense()
     torch.testing.assert_close(found["W"].dense(), expected)
     assert found["B"] is v["b"]
-    without = pulled_back(v, Answer({}, {}), shared, ("w", "b"), None)
+    without = pulled_back(v, Answer({}, {}), shared, ("w", "b"), {})
     assert without["W"] is v["w"]
