@@ -27,7 +27,7 @@ from lightning_influence.curvature.solvers import (
 from lightning_influence.errors import CurvatureError
 from lightning_influence.gradients import Gradients, accumulation_dtype
 
-Solver: TypeAlias = Literal["cg", "minres", "lissa"]
+Inverter: TypeAlias = Literal["cg", "minres", "lissa"]
 
 _KRYLOV = {"cg": conjugate_gradient, "minres": minres}
 _PROBES = 8  # random vectors whose products tell the mean eigenvalue
@@ -51,7 +51,7 @@ class MatrixFree(CurvatureStatistics):
     def __init__(
         self,
         matrix: Literal["ggn", "hessian"] = "ggn",
-        solver: Solver = "cg",
+        solver: Inverter = "cg",
         *,
         tolerance: float = 1e-5,
         max_iterations: int = 1000,
