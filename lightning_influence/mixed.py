@@ -78,7 +78,7 @@ def mixed_attribution(stage: Stage, estimator: Attributor, queries: Queries, k: 
 def _each_run(stage: Stage, estimator: Attributor, queries: Queries) -> Iterator[tuple[Attributor, Stage, Queries]]:
     """Who scores the samples of each run, the one that was asked first."""
     while isinstance(estimator, MultiStage):
-        yield estimator.own(stage), stage, queries
+        yield estimator.own(), stage, queries
         queries = estimator.pulled(stage, queries, of_any=isinstance(estimator.inner, MultiStage))
         stage, estimator = estimator.parent(stage), estimator.inner
     yield estimator, stage, queries

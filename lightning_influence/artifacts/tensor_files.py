@@ -73,6 +73,13 @@ def raw_bytes(name: str, tensor: Tensor) -> memoryview:
     return data
 
 
+def content_digest(name: str, tensor: Tensor) -> str:
+    """sha256 over dtype, shape and content, 64 hex digits."""
+    checksum = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+    checksum.update(raw_bytes(name, tensor))
+    return checksum.hexdigest()
+
+
 def as_bytes(tensor: Tensor) -> Tensor:
     """The content of a dense tensor in row-major order, as a flat uint8 tensor; a view where that is possible."""
     row_major = tensor.contiguous()  # one element may keep a stride other than 1: hence not view(-1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from lightning_influence.artifacts.json_values import Fields, Json
 from lightning_influence.artifacts.records import Artifact
-from lightning_influence.artifacts.tensor_files import TensorFile, as_bytes, check_writable, raw_bytes
+from lightning_influence.artifacts.tensor_files import TensorFile, as_bytes, check_writable, content_digest
 from lightning_influence.errors import StoreError
 
 Place = tuple[str, str]  # the path of a file of frozen tensors, and the tensor's name in it
@@ -65,10 +64,9 @@ class FrozenTensors:
         known = self._seen.get(name)
         if known is not None and known[0] == state:
             return known[1]
-        checksum = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-        checksum.update(raw_bytes(name, tensor))
-        self._seen[name] = (state, checksum.hexdigest())
-        return checksum.hexdigest()
+        found = content_digest(name, tensor)
+        self._seen[name] = (state, found)
+        return found
 
 
 def _word_sum(tensor: Tensor) -> int:

@@ -219,7 +219,7 @@ class StageLinker(Callback):
         if link is None:
             return  # there was nothing to train
         store = self.artifacts
-        self._checkpoint(trainer, pl_module)
+        at = self._checkpoint(trainer, pl_module)
         now, still, gone = checksums(pl_module), set(_still(pl_module, trainer)), self._travel.sums
         stayed = [name for name in now if now[name] == link.start[name]]
         wrong = tuple(name for name in link.shared if name not in stayed and name not in gone)
@@ -227,10 +227,9 @@ class StageLinker(Callback):
         factor = self._batch_size if store.manifest.settings.get("reduction") == "sum" else 1
         told = {
             name
-            for optimizer in trainer.optimizers
-            for group in OptimizerRecord().groups([optimizer], pl_module)
+            for group in at.groups
             for name in group.parameters
-            if goes_along_the_gradient(type(optimizer).__name__, name in scales)
+            if goes_along_the_gradient(group.optimizer, name in scales)
         }
         if trainer.is_global_zero:
             store.record_link(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 from collections.abc import Mapping
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
+from lightning_influence.artifacts.tensor_files import content_digest
 from lightning_influence.errors import StoreError
 
 Module = TypeVar("Module", bound=LightningModule)
@@ -47,7 +47,8 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
 
 def digests(module: nn.Module) -> dict[str, str]:
     """Of everything in `state_of`, what it is known by."""
-    return {name: _digest(tensor) for name, tensor in state_of(module).items()}
+    dense = {name: t.to_dense() if t.is_sparse else t for name, t in state_of(module).items()}
+    return {name: content_digest(name, tensor)[:_DIGITS] for name, tensor in dense.items()}
 
 
 def check_digests(module: nn.Module, expected: Mapping[str, str]) -> None:
@@ -69,10 +70,3 @@ def check_digests(module: nn.Module, expected: Mapping[str, str]) -> None:
                 else "other values, as by training on or by running statistics that have moved",
                 hint="pass the module as it was when the edit was made, or make a new edit for this one",
             )
-
-
-def _digest(tensor: Tensor) -> str:
-    flat = (tensor.to_dense() if tensor.is_sparse else tensor).cpu().contiguous().reshape(-1)
-    digest = hashlib.sha256(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
-    digest.update(flat.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:_DIGITS]

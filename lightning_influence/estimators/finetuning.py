@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,7 @@ from lightning_influence.curvature.block_diagonal import BlockDiagonal
 from lightning_influence.curvature.parameter_space import ParameterSpace
 from lightning_influence.errors import CaptureError, QueryError
 from lightning_influence.estimators.estimator import Queries, Stage
-from lightning_influence.gradients import Dense, Gradients, accumulation_dtype, select
+from lightning_influence.gradients import Dense, GradientBlock, Gradients, accumulation_dtype, select
 from lightning_influence.replay import TrainingData
 from lightning_influence.stages import Answer, Held, Link, Trained
 
@@ -165,14 +165,18 @@ def reached_gradients(
             _refuse_silent(stage.module, silent, lost)
             if found:
                 like, shapes = next(iter(found.values())), stage.store.manifest.parameters
-                nothing = torch.zeros((), dtype=like.dtype, device=like.device)
-                return {**found, **{n: Dense(nothing.expand(like.num_samples, *shapes[n].shape)) for n in lost}}
+                return {**found, **{name: zeros(like, shapes[name].shape) for name in lost}}
     raise QueryError(
         "the queries reach no parameter that finetuning took over",
         expected=f"a measurement that depends on some of {', '.join(lost[:5])}",
         found="gradients of none",
         hint="ask with a measurement of the model that was finetuned",
     )
+
+
+def zeros(like: GradientBlock, shape: Sequence[int]) -> Dense:
+    """Gradients of 0 of a parameter, of as many samples as `like` has; they take no memory."""
+    return Dense(torch.zeros((), dtype=like.dtype, device=like.device).expand(like.num_samples, *shape))
 
 
 def _refuse_silent(module: nn.Module | None, silent: Collection[nn.Module], names: Collection[str]) -> None:

@@ -8,14 +8,13 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule
 from torch import Tensor, nn
 
 from lightning_influence.artifacts import ArtifactStore, StageLink
 from lightning_influence.errors import QueryError
 from lightning_influence.estimators.estimator import Attributor, Estimator, Queries, ScoreBlock, Stage, Term
-from lightning_influence.estimators.finetuning import FinetuningProblem, reached_gradients, trained_as
+from lightning_influence.estimators.finetuning import FinetuningProblem, reached_gradients, trained_as, zeros
 from lightning_influence.estimators.influence_function import InfluenceFunction
 from lightning_influence.fitted import check_model, check_training_data
 from lightning_influence.gradients import Dense, Gradients, Rows, select, word_embeddings
@@ -121,7 +120,6 @@ class MultiStage(Attributor):
                 check_model(self.module, store)
             if self.train_loader is not None:
                 check_training_data(self.train_loader, store)
-            self._found = identity, store
             if self.module is not None and not any(p.requires_grad for p in self.module.parameters()):
                 raise QueryError(
                     "no parameter of the pretraining module requires gradients",
@@ -129,6 +127,7 @@ class MultiStage(Attributor):
                     found="a module that is frozen as a whole",
                     hint="call requires_grad_(True) on what was trained",
                 )
+            self._found = identity, store
         if self.module is not None and stage.module is not None:
             self.module.to(stage.module.device)
         return Stage(
@@ -180,11 +179,7 @@ class MultiStage(Attributor):
                     hint="select shared parameters in the pretraining run's callbacks and in the inner estimator",
                 )
             like = next(iter(found.values()))
-            nothing = torch.zeros((), dtype=like.dtype, device=like.device)
-            count = like.num_samples
-            return {
-                name: found[name] if name in found else Dense(nothing.expand(count, *shapes[name])) for name in names
-            }
+            return {name: found[name] if name in found else zeros(like, shapes[name]) for name in names}
 
         return Queries(queries.batches, queries.sizes, gradients_at)
 
@@ -233,7 +228,7 @@ class MultiStage(Attributor):
             return replace(problem, held=dict.fromkeys(wanted, 2 * alpha))
         return replace(problem, held=held_by_training(stage.store, link, found.at, wanted))
 
-    def own(self, stage: Stage) -> Estimator:
+    def own(self) -> Estimator:
         """Who scores the finetuning run's own samples by the same account of it: ∇mᵀ (∇²F + λ + 2αE)⁻¹ ∇f(x)."""
         return _Finetuned(self)
 

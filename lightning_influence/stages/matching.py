@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_influence.artifacts import ArtifactStore
+from lightning_influence.artifacts.tensor_files import content_digest
 from lightning_influence.errors import StoreError
 from lightning_influence.gradients import meant
 
@@ -108,14 +108,7 @@ def compared(module: nn.Module, shared: Mapping[str, str], earlier: ArtifactStor
 
 def checksums(module: nn.Module) -> dict[str, str]:
     """16 hex digits over type and content of every parameter."""
-    return {
-        name: hashlib.sha256(f"{p.dtype} {tuple(p.shape)} ".encode() + _bytes(p.detach())).hexdigest()[:16]
-        for name, p in module.named_parameters()
-    }
-
-
-def _bytes(tensor: Tensor) -> bytes:
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return {name: content_digest(name, p)[:16] for name, p in module.named_parameters()}
 
 
 def _spelled(earlier: ArtifactStore, known: Collection[str]) -> dict[str, str]:
