@@ -22,6 +22,7 @@ from lightning_influence.errors import (
     CurvatureError,
     InfluenceError,
     LossError,
+    MetricError,
     QueryError,
     SampleIdError,
     StoreError,
@@ -48,6 +49,7 @@ from lightning_influence.estimators import (
     TracInWE,
 )
 from lightning_influence.gradients import FactorProjection, RandomProjection, TargetParameters, gradient_rule
+from lightning_influence.layer_comparison import LayerComparison, LayerResult, RemovalTruth, compare_layers
 from lightning_influence.mixed import MixedAttribution
 from lightning_influence.module import InfluenceModule
 from lightning_influence.queries import WordContribution
@@ -78,9 +80,12 @@ __all__ = [
     "InfluenceError",
     "InfluenceFunction",
     "InfluenceModule",
+    "LayerComparison",
+    "LayerResult",
     "LossError",
     "LowRank",
     "MatrixFree",
+    "MetricError",
     "MixedAttribution",
     "ModelEdit",
     "MultiStage",
@@ -93,6 +98,7 @@ __all__ = [
     "RandomProjection",
     "Ranking",
     "Relative",
+    "RemovalTruth",
     "Removals",
     "SampleIdError",
     "SecondOrderInfluenceFunction",
@@ -112,6 +118,7 @@ __all__ = [
     "WordContribution",
     "add_curvature",
     "choose_target",
+    "compare_layers",
     "gradient_rule",
     "link_checkpoint",
     "record_target",

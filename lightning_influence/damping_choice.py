@@ -138,7 +138,7 @@ def choose_damping(
     data = TrainingData.of(stage.train_loader, forked=True)
     steps = removals.steps or max(1, found.at.step // 3)
     with stage.at(found.at) as module:
-        changes, rates = _true_changes(module, data, parts, measured, removals, steps)  # (S, Q)
+        changes, rates = true_changes(module, data, parts, measured, removals, steps)  # (S, Q)
         removed = _summed_gradients(stage, module, data, names, parts)  # S rows
     asked = queries.gradients_at(found.at, names)
     curve = []
@@ -184,7 +184,7 @@ def _agreement(foretold: Tensor, changes: Tensor) -> float:
     return float(torch.as_tensor(spearman_corrcoef(foretold[:, telling], changes[:, telling])).mean())
 
 
-def _true_changes(
+def true_changes(
     module: LightningModule,
     data: TrainingData,
     parts: Sequence[Tensor],

@@ -57,3 +57,7 @@ class QueryError(InfluenceError):
 
 class CurvatureError(InfluenceError):
     """A curvature cannot be estimated, solved or loaded."""
+
+
+class MetricError(InfluenceError):
+    """Scores and truths do not fit together, or a metric has no meaning for them."""

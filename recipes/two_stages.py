@@ -23,6 +23,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
+from lightning_influence.metrics import QueryMean, linear_datamodeling_score, noise_ceiling
 from recipes.stages import removals, tables
 from recipes.stages.data import Tasks
 from recipes.stages.fitting import check_losses, finetuned, pretrained
@@ -30,7 +31,6 @@ from recipes.stages.methods import methods
 from recipes.stages.network import TwoRuns
 from recipes.stages.removals import Agreement, agreement, ahead, predicted
 from recipes.stages.retraining import retrain_both
-from recipes.truths.lds import LDS, linear_datamodelling_score, noise_ceiling
 from recipes.truths.retraining import Samples
 
 
@@ -63,7 +63,7 @@ class Judged:
 
     name: str
     baseline: bool
-    lds: LDS
+    lds: QueryMean
     groups: Agreement
     singles: Agreement
     foretold: Tensor  # (G, Q)
@@ -115,7 +115,7 @@ def judged(config: Any, runs: TwoRuns, tasks: Tasks, queries: Samples, truth: Tr
     for method in listed:
         own = scores[method.name]
         foretold = predicted(own, truth.groups)
-        lds = linear_datamodelling_score(own, truth.subsets, truth.subset_losses)
+        lds = linear_datamodeling_score(own, truth.subsets, truth.subset_losses)
         singles = agreement(predicted(own, truth.singles), of_singles)
         row = Judged(
             method.name, method.baseline, lds, agreement(foretold, of_groups), singles, foretold, seconds[method.name]

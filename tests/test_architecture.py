@@ -17,7 +17,7 @@ NAME = "lightning_influence"
 # Lower rooms first; a room may import from lower floors, its own files, and nothing else.
 FLOORS = (
     ("errors",),
-    ("artifacts", "samples", "gradients"),
+    ("artifacts", "samples", "gradients", "metrics"),
     ("objective",),
     ("replay",),
     ("self_check", "fitted", "curvature", "targets"),
@@ -26,7 +26,7 @@ FLOORS = (
     ("attribution", "edits"),
     ("queries", "streaming", "damping_choice", "mixed"),
     ("questions",),
-    ("module",),
+    ("module", "layer_comparison"),
     ("report",),
     ("cli",),
 )

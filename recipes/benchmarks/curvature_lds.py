@@ -50,6 +50,7 @@ from lightning_influence import (
 )
 from lightning_influence.curvature import Dense
 from lightning_influence.damping_choice import DampingChoice
+from lightning_influence.metrics import QueryMean, linear_datamodeling_score, mean_over_models, noise_ceiling
 from recipes.benchmarks.measuring import Row, report, timed
 from recipes.truths.digits import (
     MODELS,
@@ -63,7 +64,6 @@ from recipes.truths.digits import (
     held_out,
     reference_model,
 )
-from recipes.truths.lds import LDS, linear_datamodelling_score, mean_over_models, noise_ceiling
 from recipes.truths.retraining import Samples
 from recipes.truths.training import RecipesOrder, initial
 
@@ -112,7 +112,7 @@ class Method:
 class Found:
     """What a method did on the three models."""
 
-    lds: list[LDS] = field(default_factory=list)
+    lds: list[QueryMean] = field(default_factory=list)
     choices: list[DampingChoice] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     choosing: list[float] = field(default_factory=list)
@@ -229,7 +229,7 @@ def rows_of(kind: Kind, methods: tuple[Method, ...], cache: Path) -> list[Row]:
             fit = fitted(kind, seed, cache, Path(folder))
             for method, found in results.items():
                 scores = ask(fit, method, queries, held, found)
-                found.lds.append(linear_datamodelling_score(scores, subsets, measured[method.measurement]))
+                found.lds.append(linear_datamodeling_score(scores, subsets, measured[method.measurement]))
                 print(f"{kind} {seed}, {method.name}, {method.damping}, {method.measurement}: {found.lds[-1]}, "
                       f"{found.seconds[-1]:.2f} s", flush=True)  # fmt: skip
     ceilings = [
@@ -258,7 +258,7 @@ def _shown(choice: DampingChoice) -> str:
     return f"{value:.3g}·mean" if how == "relative" else f"{value:.3g}"
 
 
-def _row(kind: Kind, name: str, lds: LDS) -> dict[str, str | float]:
+def _row(kind: Kind, name: str, lds: QueryMean) -> dict[str, str | float]:
     interval = f"{lds.low:.3f} to {lds.high:.3f}"
     blank: dict[str, str | float] = {"model": kind, "of": "", "what": name, "damping": ""}
     return {**blank, "LDS": f"{lds.mean:.3f}", "95% interval": interval}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `recipes` is found however this is started
+from lightning_influence.metrics import QueryMean, linear_datamodeling_score, mean_over_models, noise_ceiling
 from recipes.benchmarks.measuring import Row, report
 from recipes.benchmarks.peers import Kronfluence, curvlinops_inverse, curvlinops_operator, per_sample_gradients
 from recipes.truths.digits import (
@@ -34,7 +35,6 @@ from recipes.truths.digits import (
     half_subsets,
     reference_model,
 )
-from recipes.truths.lds import LDS, linear_datamodelling_score, mean_over_models, noise_ceiling
 
 DAMPINGS = (1e-8, 1e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 Scored = Iterator[tuple[str, str, Tensor]]  # method, damping, scores (Q, N)
@@ -107,12 +107,12 @@ def main() -> None:
     rows: list[Row] = []
     for kind in MODELS:
         truth = half_subset_truth(kind, options.cache)
-        found: dict[tuple[str, str], list[LDS]] = {}
+        found: dict[tuple[str, str], list[QueryMean]] = {}
         for seed in REFERENCE_SEEDS:
             model = reference_model(kind, seed, options.cache)
             for method in methods:
                 for name, damping, scores in method(model, data, seed):
-                    lds = linear_datamodelling_score(scores, subsets, truth.losses)
+                    lds = linear_datamodeling_score(scores, subsets, truth.losses)
                     found.setdefault((name, damping), []).append(lds)
         rows.append(_row(kind, "noise ceiling, half against half of the seeds", "", noise_ceiling(truth.losses)))
         means = {key: mean_over_models(each) for key, each in found.items()}
@@ -126,7 +126,7 @@ def main() -> None:
     report("LDS on the digits", rows, options.out)
 
 
-def _row(kind: str, name: str, damping: str, lds: LDS) -> dict[str, str | float]:
+def _row(kind: str, name: str, damping: str, lds: QueryMean) -> dict[str, str | float]:
     interval = f"{lds.low:.3f} to {lds.high:.3f}"
     return {"model": kind, "what": name, "damping": damping, "LDS": f"{lds.mean:.3f}", "95% interval": interval}
 

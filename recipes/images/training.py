@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,6 +16,7 @@ from tqdm import tqdm
 
 from recipes.images.data import loader
 from recipes.images.models import ImageClassifier
+from recipes.truths.fitting import quiet_lightning
 from recipes.truths.retraining import Samples
 
 _VERSION = 1  # raise it when the training changes: it is part of every cache's key
@@ -65,7 +63,8 @@ def _initial(build: Callable[[], ImageClassifier], seed: int) -> ImageClassifier
 def _fitted(module: ImageClassifier, samples: Samples, seed: int, epochs: int, batch_size: int) -> dict[str, Tensor]:
     """The weights after a fit; a bar counts the epochs where they take longer than some seconds."""
     batches = loader(samples, batch_size, shuffle=True, seed=seed)
-    with tqdm(total=epochs, unit="epoch", desc="training", dynamic_ncols=True, leave=False, delay=5) as bar, _quiet():
+    progress = tqdm(total=epochs, unit="epoch", desc="training", dynamic_ncols=True, leave=False, delay=5)
+    with progress as bar, quiet_lightning():
         trainer = Trainer(
             accelerator="cpu",
             devices=1,
@@ -80,21 +79,6 @@ def _fitted(module: ImageClassifier, samples: Samples, seed: int, epochs: int, b
             torch.manual_seed(seed)
             trainer.fit(module.train(), batches)
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's advice on hardware, loaders and logging, and its own use of a deprecated name."""
-    log = logging.getLogger("lightning.pytorch")
-    level = log.level
-    log.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            for kind in (UserWarning, FutureWarning):
-                warnings.filterwarnings("ignore", category=kind, module="lightning")
-            yield
-    finally:
-        log.setLevel(level)
 
 
 def _key(module: ImageClassifier, samples: Samples, seed: int, epochs: int, batch_size: int) -> str:

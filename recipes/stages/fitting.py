@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import logging
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_influence import CurvatureSnapshot, GradientSnapshot, StageLinker
 from recipes.stages.data import Tasks
 from recipes.stages.network import Finetuning, Network, TwoRuns, finetuning_seed
+from recipes.truths.fitting import plain_fit
 from recipes.truths.retraining import Samples
 from recipes.truths.training import Build, RecipesOrder, initial
 
@@ -130,27 +127,5 @@ def _fitted(module: StagedClassifier, samples: Samples, seed: int, folder: Path,
     recipe = module.how.recipe
     dataset = TensorDataset(samples.inputs, samples.labels)
     loader = DataLoader(dataset, recipe.batch_size, sampler=RecipesOrder(recipe, len(dataset), seed))
-    with _quiet():
-        trainer = Trainer(
-            max_epochs=recipe.epochs, accelerator="cpu", logger=False, enable_checkpointing=False,
-            enable_progress_bar=False, enable_model_summary=False, callbacks=callbacks, use_distributed_sampler=False,
-        )  # fmt: skip
-        trainer.fit(module, loader)
+    plain_fit(module, loader, recipe.epochs, callbacks)
     return Fit(module.eval(), loader, folder)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Lightning's advice on hardware, loaders and logging, and its own use of a deprecated name."""
-    logs = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
-    levels = [log.level for log in logs]
-    try:
-        for log in logs:
-            log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            for kind in (UserWarning, FutureWarning):
-                warnings.filterwarnings("ignore", category=kind, module="lightning")
-            yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.setLevel(level)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from recipes.truths.lds import spearman
+from lightning_influence.metrics import spearman
 from recipes.truths.retraining import Samples
 
 

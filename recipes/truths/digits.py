@@ -20,7 +20,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `recipes` is found however this is started
-from recipes.truths.retraining import Samples, Truth, retrain
+from recipes.truths.retraining import Samples, Truth, random_subsets, retrain
 from recipes.truths.training import Build, Recipe, initial, train
 
 Kind = Literal["logistic_regression", "mlp"]
@@ -105,8 +105,7 @@ def _chosen(images: Samples, indices: Indices) -> Samples:
 
 def half_subsets(count: int = 100, size: int = 1000) -> list[Tensor]:
     """Random halves of the training set."""
-    draw = np.random.default_rng(1)
-    return [torch.from_numpy(draw.choice(size, size // 2, replace=False)) for _ in range(count)]
+    return random_subsets(size, count, 0.5, seed=1)
 
 
 def half_subset_truth(kind: Kind, cache: str | os.PathLike[str]) -> Truth:
@@ -132,7 +131,7 @@ def reference_model(kind: Kind, seed: int, cache: str | os.PathLike[str]) -> nn.
 
 
 def main() -> None:
-    from recipes.truths.lds import noise_ceiling
+    from lightning_influence.metrics import noise_ceiling
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kind", choices=get_args(Kind))
