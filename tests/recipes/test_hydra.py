@@ -69,15 +69,16 @@ def test_every_experiment_composes(path: Path) -> None:
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "setting").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_setting_composes_and_names_its_own_command(path: Path) -> None:
-    program = path.stem.rpartition("_")[0]
+    program = max((main.stem for main in CONFIGS.glob("*.yaml") if path.stem.startswith(f"{main.stem}_")), key=len)
     config = composed(program, f"setting={path.stem}", "data_root=/some/data")
     assert f"recipes/{program}.py setting={path.stem} " in config.command
-    assert config.data_root == (config.passages if program == "pretraining_passages" else config.images).data_root
+    used = [OmegaConf.select(config, f"{group}.data_root") for group in ("images", "passages", "data.source")]
+    assert config.data_root in used
     assert "when_quick" not in config or len(config.seeds) >= 2 > len(config.when_quick.seeds)
     assert config.title != composed(program).title  # it comes after the program's own values
 
 
-@pytest.mark.parametrize("name", ["fit", "query", "demo"])
+@pytest.mark.parametrize("name", ["fit", "query", "demo", "compare_layers"])
 def test_every_main_configuration_composes(name: str) -> None:
     overrides = ["store=/some/store"] if name == "query" else []
     assert composed(name, *overrides).data._target_ == "recipes.data.TextDataModule"

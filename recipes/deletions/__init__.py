@@ -1,0 +1,1 @@
+"""Case deletion on texts: the explained fits, the methods, the deletions and what retraining without them says."""
