@@ -1,6 +1,7 @@
-"""Answers for people: explanations as text, as a picture and as a page with the words highlighted."""
+"""Answers for people: explanations as text, picture and page with the words highlighted, and tables of suspects."""
 
 from lightning_influence.report.explanation import Description, Evidence, Explanation, explain
+from lightning_influence.report.issue_table import LabelIssues, label_issues
 from lightning_influence.report.page import page, save_page
 from lightning_influence.report.picture import detection_curve, picture
 from lightning_influence.report.text_table import text_table
@@ -9,8 +10,10 @@ __all__ = [
     "Description",
     "Evidence",
     "Explanation",
+    "LabelIssues",
     "detection_curve",
     "explain",
+    "label_issues",
     "page",
     "picture",
     "save_page",

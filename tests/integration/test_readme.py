@@ -66,7 +66,7 @@ def run(text: str, name: str = "README.md") -> dict[str, Any]:
 @pytest.mark.filterwarnings("ignore:The model was far from a stationary point")  # three epochs of five steps
 def test_the_readme_runs(tmp_path, monkeypatch):
     text = README.read_text(encoding="utf-8")
-    assert len(_BLOCK.findall(text)) == 5, "blocks to fit, query, with curvature, to edit, through two runs"
+    assert len(_BLOCK.findall(text)) == 6, "blocks to fit, query, with curvature, to edit, through two runs, to judge"
     monkeypatch.chdir(tmp_path)
     run(text)
 
