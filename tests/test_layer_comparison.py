@@ -114,10 +114,7 @@ class Run:
         """Written out by autograd, sample by sample: name -> (N, *shape)."""
         other = Reader().double()
         other.load_state_dict(self.states[c])
-        rows = []
-        for one in singles(dataset):
-            loss = loss_of_one(other, one)
-            rows.append(torch.autograd.grad(loss, list(other.parameters())))
+        rows = [torch.autograd.grad(loss_of_one(other, one), list(other.parameters())) for one in singles(dataset)]
         names = [name for name, _ in other.named_parameters()]
         return {name: torch.stack([row[i] for row in rows]) for i, name in enumerate(names)}
 
@@ -145,12 +142,8 @@ def test_layers_of_models_without_blocks_and_with_repeated_ones() -> None:
     assert [layer.name for layer in layers_of(flat)] == ["words", "body", "head"]
     flat["body"].scale = nn.Parameter(torch.ones(1))
     flat.own = nn.Parameter(torch.ones(2))
-    assert {layer.name: len(layer.parameters) for layer in layers_of(flat)} == {
-        "own": 1,
-        "words": 1,
-        "body": 3,
-        "head": 2,
-    }
+    sizes = {layer.name: len(layer.parameters) for layer in layers_of(flat)}
+    assert sizes == {"own": 1, "words": 1, "body": 3, "head": 2}
     stacked = nn.ModuleDict(
         {
             "body": nn.Sequential(
@@ -383,8 +376,7 @@ def test_the_table_and_the_picture(run: Run) -> None:
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
     assert f"{found['head'].cancellation:.1f}" in lines[6]
     assert "3 flagged samples among all" in str(found)
-    figure, _ = found.plot()
-    figure.clf()
+    found.plot()[0].clf()
     bare, _ = run.compared().plot()
     assert len(bare.axes) == 2
     bare.clf()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import isfinite
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -25,7 +26,8 @@ class JudgedScores:
         scores: (Q, N), positive for proponents; sums of inner products, or of ranks and votes.
         self_influence: (N,), of every training sample for its own loss.
         found_by_self: how well high self-influence finds the flagged samples.
-        found_as_opponents: how well a low mean score over the queries finds them; of votes, those for the last k.
+        found_as_opponents: how well a low mean score over the queries finds them; of votes, those for the
+            last k, which samples of large gradients get whatever their sign is on the mean.
         removals: rank correlation of the scores' sums with the true changes of m, per query, over removed parts.
         deletion: true change of each query's m when the samples with the highest mean scores over the queries are
             removed, as many as a random part has; it should be well above that of random parts.
@@ -160,8 +162,8 @@ class LayerComparison:
         return notes
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
-        """The verdicts of every layer and aggregate as points; behind them, on a logarithmic axis of their own at the
-        right, the layers' cancellation ratios as bars.
+        """The verdicts of every layer and aggregate as points; behind them, on an axis of their own at the right, the
+        layers' cancellation ratios as bars.
 
         Raises:
             UnsupportedError: matplotlib is not installed.
@@ -169,10 +171,8 @@ class LayerComparison:
         figure, ax = axes(ax)
         names, places = [one.name for one in self], list(range(len(self.layers) + 3))
         behind = ax.twinx()
-        behind.bar(
-            places[: len(self.layers)], [layer.cancellation for layer in self.layers], color="#e5e5e5", width=0.6
-        )
-        behind.set_yscale("log")
+        ratios = [layer.cancellation if isfinite(layer.cancellation) else 0.0 for layer in self.layers]
+        behind.bar(places[: len(ratios)], ratios, color="#e5e5e5", width=0.6)
         behind.set_ylabel("cancellation ratio (bars)", color=FAINT)
         behind.tick_params(colors=FAINT, which="both")
         ax.set_zorder(behind.get_zorder() + 1)
@@ -193,8 +193,9 @@ class LayerComparison:
             ax.errorbar(places, middle, reach, fmt="D", color=COLOURS[2], capsize=2, label="correlation of removals")
             drawn += 1
         if drawn:
-            ax.axhline(0.5 if self.flagged is not None else 0.0, color=FAINT, linestyle="--", linewidth=0.8)
-            ax.legend(frameon=False, fontsize=8)
+            for level in [0.5] * (self.flagged is not None) + [0.0] * bool(correlations):
+                ax.axhline(level, color=FAINT, linestyle="--", linewidth=0.8)  # by chance
+            ax.legend(frameon=False, fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=drawn)
         else:
             ax.set_yticks([])
         ax.set_xticks(places, names, rotation=30, ha="right", fontsize=8)
