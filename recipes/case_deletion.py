@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_influence.metrics import CaseDeletion, Comparison, Deletion, QueryMean, case_deletion, difference, ratio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
-from recipes.deletions.deleting import Deletions, Truths, delete_texts
+from recipes.deletions.deleting import Deletions, Truths, delete_texts, unlike
 from recipes.deletions.fitting import Explained, SetUp, explained, explained_in_all_ways
 from recipes.deletions.methods import Method, methods
 from recipes.deletions.texts import Texts
@@ -42,11 +42,13 @@ class Found:
         deletions: of each method, one entry a seed.
         seconds: of each method's scores, of the first seed.
         accuracies: of each seed's model on the held-out texts.
+        noise: of each seed, how far the whole model trained again is from the explained one.
     """
 
     deletions: dict[str, list[Deletions]] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     accuracies: list[float] = field(default_factory=list)
+    noise: list[float] = field(default_factory=list)
 
     def add(self, deletions: Mapping[str, Deletions]) -> None:
         """One seed's."""
@@ -75,6 +77,7 @@ def set_up_of(config: Any) -> SetUp:
 def experiment(config: Any, set_up: SetUp, cache: str) -> Found:
     """Fit, rank and delete, seed after seed."""
     found, truths, sizes = Found(), Truths(cache, config.at_once), list(config.sizes)
+    _check(config, set_up)
     listed = methods(config.frequent)
     for seed in config.seeds:
         first = seed == config.seeds[0]
@@ -88,9 +91,21 @@ def experiment(config: Any, set_up: SetUp, cache: str) -> Found:
                 if count and (first or method.everywhere):
                     rankings[method.name] = _ranking(method, fit, count, found if first else None)
             found.add(delete_texts(fit, rankings, sizes, truths))
+            found.noise.append(unlike(fit, found.deletions[WE][-1].before))
             if first and config.word_points:
                 found.add(delete_words(fit, config.word_points, sizes, truths))
     return found
+
+
+def _check(config: Any, set_up: SetUp) -> None:
+    """Refuse what could not be judged in the end, before anything is trained."""
+    count, asked = len(set_up.texts.train), len(set_up.positions)
+    sizes = list(config.sizes)
+    if not sizes or sizes != sorted(set(sizes)) or sizes[0] < 1 or 2 * sizes[-1] > count:
+        raise ValueError(f"Expected increasing sizes from 1 to half of the {count} training texts, found {sizes}.")
+    for name in ("points", "few_points", "word_points"):
+        if not 0 <= config[name] <= asked:
+            raise ValueError(f"Expected {name} up to the {asked} points that there are, found {config[name]}.")
 
 
 def _ranking(method: Method, fit: Explained, count: int, found: Found | None) -> Tensor:
@@ -151,12 +166,15 @@ def remarks(config: Any, set_up: SetUp, found: Found, seconds: float) -> str:
         f"{list(config.seeds)} (accuracy {accuracies}; mean probability of the predicted class {float(whole):.3f}). "
         f"The first k of a ranking (DEL+) or the last k (DEL−), k = {list(config.sizes)}, are taken out of the "
         "training set, and the model is trained again from the same initial weights in the same batches, a deleted "
-        "text having weight 0. DEL is the change of the predicted class's probability: negative is good for DEL+, "
+        f"text having weight 0. Rounding alone moves the probability by {sum(found.noise) / len(found.noise):.3f} in "
+        "the mean, whole model against whole model. DEL is the change of the predicted class's probability: negative "
+        "is good for DEL+, "
         "positive for DEL−; AUC-DEL the mean over k, “both in one” (AUC-DEL− − AUC-DEL+) / 2; in brackets the 95% "
         "bootstrap interval over the points, the seeds of a point averaged. TracIn-WE, TracIn-Last and random: all "
         f"points and seeds; the others: the first {config.few_points} points and the first seed; words: the first "
-        f"{config.word_points}, k words instead of texts. “Signed by the label”: positive where the training text has "
-        "the predicted class as its label, negative otherwise. “s”: seconds for the scores of the first seed's points. "
+        f"{config.word_points}, k words instead of texts. Random: eight rankings, which the points take in turn, so "
+        "that its interval is rather narrow. “Signed by the label”: positive where the training text has the predicted "
+        "class as its label, negative otherwise. “s”: seconds for the scores of the first seed's points. "
         f"The whole run: {seconds / 60:.0f} minutes, less where truths were known already."
     )
 
@@ -187,6 +205,9 @@ def main(config: DictConfig) -> float:
 def _curves(judged: Mapping[str, Deletion], axis: Any) -> None:
     shown = {name: judged[name] for name in (WE, LAST, "random")}
     CaseDeletion(next(iter(shown.values())).sizes).plot(shown, axis)
+    axis.set_ylabel("change of the probability: DEL+ full, DEL− dashed", fontsize=8)
+    axis.set_xlabel("deleted texts k", fontsize=8)
+    axis.legend(fontsize=7)
 
 
 def _bars(judged: Mapping[str, Deletion], axis: Any) -> None:

@@ -437,3 +437,13 @@ def test_truths_that_do_not_fit_are_refused(run: Run, parts: list[list[int]], sh
     truth = RemovalTruth([torch.tensor(part) for part in parts], torch.randn(shape))
     with pytest.raises(QueryError, match=r"do not belong|no training sample"):
         run.compared(removals=truth)
+
+
+def test_constant_scores_have_no_interval_and_a_removal_that_diverged_is_refused() -> None:
+    truth = RemovalTruth([torch.tensor([i]) for i in range(6)], torch.randn(6, 2, dtype=torch.float64))
+    found = truth.agreement(torch.zeros(2, 6))
+    assert all(math.isnan(value) for value in (found.mean, found.low, found.high))
+    changes = truth.changes.clone()
+    changes[1, 1] = math.nan
+    with pytest.raises(QueryError, match="not finite"):
+        RemovalTruth(truth.parts, changes).check(2, 6)

@@ -40,6 +40,13 @@ class RemovalTruth:
                 found=f"{len(self.parts)} removals, and changes {tuple(self.changes.shape)}",
                 hint="one row for each removed part, one column for each query",
             )
+        if not bool(self.changes.isfinite().all()):
+            raise QueryError(
+                "the changes of a removal are not finite",
+                expected="the change of every query's measurement, finite numbers",
+                found="NaN or infinity",
+                hint="a training that diverged says nothing of its removal: leave it out",
+            )
         ids = torch.cat([torch.as_tensor(part) for part in self.parts])
         if ids.is_floating_point() or not bool(((ids >= 0) & (ids < num_samples)).all()):
             raise QueryError(
@@ -69,6 +76,8 @@ class RemovalTruth:
         spread = torch.tensor(without, dtype=torch.float64)
         error = math.sqrt((count - 1) / count * float((spread - spread.mean()).square().sum()))
         reach = error * _student(count - 1)
+        if math.isnan(reach):
+            return QueryMean(found.per_query, found.mean, math.nan, math.nan)
         return QueryMean(found.per_query, found.mean, max(-1.0, found.mean - reach), min(1.0, found.mean + reach))
 
 

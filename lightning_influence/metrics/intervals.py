@@ -147,10 +147,15 @@ def ratio(
     pairs = _pairs(numerator, denominator, ids, other_ids)
     if not len(pairs):
         return Comparison(torch.nan, torch.nan, torch.nan, 0, "no query has a value of both")
+    if len(pairs) < 2:
+        return Comparison(torch.nan, torch.nan, torch.nan, len(pairs), "one query alone has no interval")
     above, below = bootstrap_means(pairs, resamples, seed).unbind(1)
     low, high = quantiles(below)
     if low <= 0 <= high:
         reason = f"the interval of the denominator, [{low:.3f}, {high:.3f}], holds zero"
+        return Comparison(torch.nan, torch.nan, torch.nan, len(pairs), reason)
+    if bool((below == 0).any()):
+        reason = "some of the resampled denominators are zero"
         return Comparison(torch.nan, torch.nan, torch.nan, len(pairs), reason)
     top, bottom = pairs.mean(0).tolist()
     return Comparison(top / bottom, *quantiles(above / below), len(pairs))

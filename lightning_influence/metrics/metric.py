@@ -18,7 +18,9 @@ class InfluenceMetric(Metric):
     """A torchmetrics `Metric` whose `compute` returns a dataclass.
 
     What is kept is a few float64 numbers for each query, one after the other; processes append theirs. A sampler that
-    repeats queries to give every process as many counts these twice, as with any metric that is a mean.
+    repeats queries to give every process as many counts these twice, as with any metric that is a mean. In a
+    `MetricCollection` pass `compute_groups=False`: torchmetrics would take two of one kind with other arguments for
+    equal.
 
     Args:
         kept: names of what is kept.

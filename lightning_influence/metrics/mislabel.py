@@ -141,8 +141,10 @@ class MislabelDetection(InfluenceMetric):
     ) -> None:
         """Add training samples: their scores (N,) and whether their labels are wrong (N,)."""
         check_ids(ids, truth_ids)
-        self._keep("scores", floats(scores, "scores", "(N,)"))
-        self._keep("mislabeled", booleans(mislabeled, "labels' being wrong", tuple(scores.shape)).double())
+        scores = floats(scores, "scores", "(N,)")
+        wrong = booleans(mislabeled, "labels' being wrong", tuple(scores.shape)).double()
+        self._keep("scores", scores)
+        self._keep("mislabeled", wrong)
 
     def compute(self) -> MislabelsFound:
         """What is found among all samples of all processes."""

@@ -145,7 +145,7 @@ def label_issues(
             found=f"shape {tuple(scores.shape)}{'' if finite else ', with NaN or infinity'}",
             hint="a sample that was never seen has no score: leave it out before",
         )
-    labels = given_labels.tolist() if isinstance(given_labels, Tensor) else given_labels
+    labels = getattr(given_labels, "tolist", lambda: given_labels)()  # of torch or numpy
     for what, values in (("given_labels", labels), ("texts", texts)):
         if values is not None and (isinstance(values, str) or len(values) != len(scores)):
             raise QueryError(
@@ -159,7 +159,9 @@ def label_issues(
     rank = torch.empty_like(order)
     rank[order] = torch.arange(1, len(order) + 1)
     count = _suspected(scores, share, threshold)
-    return LabelIssues(rank <= count, 0 - scores, rank, tuple(labels or ()), tuple(texts or ()))
+    return LabelIssues(
+        rank <= count, 0 - scores, rank, tuple(() if labels is None else labels), tuple(() if texts is None else texts)
+    )
 
 
 def _suspected(scores: Tensor, share: float | None, threshold: float | None) -> int:

@@ -69,7 +69,7 @@ def methods(frequent: int = 50) -> list[Method]:
 
 def random(fit: Explained, count: int) -> Tensor:
     """Scores without meaning; the queries take turns in using a few rankings."""
-    drawn = fit.scores("ends", Random(), min(count, SHARED_RANKINGS))
+    drawn = fit.scores("ends", Random(fit.seed), min(count, SHARED_RANKINGS))
     return drawn[torch.arange(count) % len(drawn)]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence import TracInWE
-from recipes.data.vocabulary import PADDING, UNKNOWN
+from recipes.data.vocabulary import PADDING, SEPARATOR, UNKNOWN
 from recipes.deletions.deleting import Deletions, Truths, replace_texts
 from recipes.deletions.fitting import Explained
 from recipes.truths.retraining import Samples
@@ -59,11 +59,13 @@ def delete_words(fit: Explained, count: int, sizes: Sequence[int], truths: Truth
 
 
 def _ranked(fit: Explained, count: int) -> list[list[Word]]:
-    """For each question, words of training texts from the one that pushed most to the one that resisted most."""
+    """For each question, words from the one that pushed most to the one that resisted most, among the texts at either
+    end of the ranking."""
     influence = fit.ask("ends", TracInWE())
     batch = fit.batch(count)
     order = influence.scores(batch).argsort(dim=1, descending=True)
-    ids = torch.cat([order[:, :_CANDIDATES], order[:, -_CANDIDATES:]], 1)
+    half = min(_CANDIDATES, order.shape[1] // 2)
+    ids = torch.cat([order[:, :half], order[:, -half:]], 1)
     found = []
     for texts, row in zip(ids.tolist(), influence.words(batch, ids), strict=True):
         words = [
@@ -71,7 +73,7 @@ def _ranked(fit: Explained, count: int) -> list[list[Word]]:
             for text, of_text in zip(texts, row, strict=True)
             for word in of_text
             for token in word.sample_tokens
-            if token > UNKNOWN
+            if token > SEPARATOR  # the ids below words are no words
         ]
         found.append(sorted(words, key=lambda word: -word.score))
     return found
@@ -83,7 +85,7 @@ def _others(chosen: Sequence[Word], train: Samples, draw: torch.Generator) -> li
     for text in dict.fromkeys(word.text for word in chosen):
         own = [word.token for word in chosen if word.text == text]
         known = torch.unique(train.inputs[text])
-        rest = [token for token in known[known > UNKNOWN].tolist() if token not in own]
+        rest = [token for token in known[known > SEPARATOR].tolist() if token not in own]
         for place in torch.randperm(len(rest), generator=draw)[: len(own)].tolist():
             found.append(Word(text, rest[place], 0.0))
     return found

@@ -114,3 +114,9 @@ def test_the_picture_has_two_curves_with_bands_for_each_method(pyplot: object) -
     assert len(ax.lines) == 5 and len(ax.collections) == 4
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one", "two"]
     assert "k" in ax.get_xlabel()
+
+
+def test_a_ratio_whose_bootstrap_divides_by_zero_says_so() -> None:
+    sparse = query_mean(torch.cat([torch.ones(5), torch.zeros(95)]))
+    assert "resampled denominators are zero" in ratio(sparse, sparse).reason
+    assert "one query alone" in ratio(query_mean(torch.ones(1)), query_mean(torch.ones(1))).reason

@@ -96,3 +96,12 @@ def test_the_picture_has_a_curve_for_each_score_and_the_random_order(pyplot: obj
     assert len(ax.lines) == 3 and len(ax.lines[0].get_xdata()) == 61
     _, ax = metric.plot()
     assert len(ax.lines) == 2
+
+
+def test_a_refused_update_leaves_nothing_behind() -> None:
+    scores, flags = made_up()
+    metric = MislabelDetection()
+    with pytest.raises(MetricError):
+        metric.update(scores, flags.long())
+    metric.update(scores, flags)
+    assert metric.compute().auroc == mislabel_detection(scores, flags).auroc

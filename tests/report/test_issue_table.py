@@ -8,6 +8,7 @@ import os
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,13 @@ SCORES = torch.tensor([0.5, -2.0, 3.0, 1e-30, 3.0, 0.1])
 
 def issues(**how: float) -> LabelIssues:
     return label_issues(SCORES, given_labels=LABELS, texts=TEXTS, **(how or {"share": 0.5}))
+
+
+def test_labels_may_be_numpys(tmp_path: Path) -> None:
+    found = label_issues(SCORES, share=0.5, given_labels=np.arange(6))
+    assert found.given_label == tuple(range(6))
+    first = json.loads(found.to_jsonl(tmp_path / "issues.jsonl").read_text().splitlines()[0])
+    assert first["given_label"] == 0
 
 
 def slowly_marked(scores: list[float], share: float) -> list[bool]:
