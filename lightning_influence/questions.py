@@ -280,16 +280,7 @@ class Questions:
         return estimator, stage
 
     def _checked_k(self, k: int | None) -> int:
-        k = self.k if k is None else k
-        length = self.answering[1].store.manifest.dataset_length
-        if not isinstance(k, Integral) or not 1 <= k <= length:
-            raise QueryError(
-                "k does not fit the number of training samples",
-                expected=f"an integer, 1 <= k <= {length}",
-                found=f"k = {k!r}",
-                hint="choose a k in this range",
-            )
-        return k
+        return checked_k(self.k if k is None else k, self.answering[1].store.manifest.dataset_length)
 
     @property
     def _gradients(self) -> QueryGradients:
@@ -307,3 +298,19 @@ class Questions:
         """The batches of a loader, or of a list; a loader draws its seed without a trace."""
         with isolated(self.user):
             return batches_of(batches)
+
+
+def checked_k(k: int, length: int) -> int:
+    """k itself, a number of training samples.
+
+    Raises:
+        QueryError: it is no integer from 1 to `length`.
+    """
+    if not isinstance(k, Integral) or not 1 <= k <= length:
+        raise QueryError(
+            "k does not fit the number of training samples",
+            expected=f"an integer, 1 <= k <= {length}",
+            found=f"k = {k!r}",
+            hint="choose a k in this range",
+        )
+    return int(k)

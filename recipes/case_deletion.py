@@ -24,12 +24,12 @@ from torch import Tensor
 from lightning_influence.metrics import CaseDeletion, Comparison, Deletion, QueryMean, case_deletion, difference, ratio
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
+from recipes import tables
 from recipes.deletions.deleting import Deletions, Truths, delete_texts, unlike
 from recipes.deletions.fitting import Explained, SetUp, explained, explained_in_all_ways
 from recipes.deletions.methods import Method, methods
 from recipes.deletions.texts import Texts
 from recipes.deletions.words import delete_words
-from recipes.stages import tables
 
 WE, LAST = "TracIn-WE", "TracIn-Last"
 
@@ -211,17 +211,12 @@ def _curves(judged: Mapping[str, Deletion], axis: Any) -> None:
 
 
 def _bars(judged: Mapping[str, Deletion], axis: Any) -> None:
-    for shift, name, values in (
-        (-0.18, "AUC-DEL+", [d.auc_proponents for d in judged.values()]),
-        (0.18, "AUC-DEL−", [d.auc_opponents for d in judged.values()]),
-    ):
-        reach = [[q.mean - q.low for q in values], [q.high - q.mean for q in values]]
-        places = [place + shift for place in range(len(judged))]
-        axis.barh(places, [q.mean for q in values], 0.34, xerr=reach, label=name, error_kw={"lw": 0.7})
-    axis.set_yticks(range(len(judged)), list(judged), fontsize=6)
-    axis.invert_yaxis()
+    measures = {
+        "AUC-DEL+": [(q.mean, q.low, q.high) for q in (d.auc_proponents for d in judged.values())],
+        "AUC-DEL−": [(q.mean, q.low, q.high) for q in (d.auc_opponents for d in judged.values())],
+    }
+    tables.paired_bars(axis, list(judged), measures)
     axis.axvline(0, color="black", linewidth=0.6)
-    axis.legend(fontsize=7)
 
 
 if __name__ == "__main__":

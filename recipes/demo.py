@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_influence import ArtifactStore, InfluenceModule, TracInLast, TracInWE
 from lightning_influence.estimators.tracin import Preconditioner
+from lightning_influence.metrics import mislabel_detection
 from lightning_influence.report import detection_curve, explain, picture, save_page, text_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
@@ -46,8 +47,7 @@ def typical_queries(finished: Fit, count: int, least_words: int = 8) -> list[int
 
 def found_in_first(scores: Tensor, flipped: Tensor, share: float) -> float:
     """Share of the flipped labels among the first `share` of the training set by score."""
-    first = scores.argsort(descending=True)[: round(share * len(scores))]
-    return float(flipped[first].sum() / flipped.sum())
+    return mislabel_detection(scores, flipped, at=[share]).at[0].recall
 
 
 def hunt(influences: dict[str, InfluenceModule], data: TextDataModule, folder: Path, share: float = 0.1) -> None:

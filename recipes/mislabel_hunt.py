@@ -24,10 +24,10 @@ from lightning_influence.metrics import MislabelsFound, mislabel_detection
 from lightning_influence.report import detection_curve, label_issues
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
+from recipes import tables
 from recipes.hunting.data import Hunted
 from recipes.hunting.fitting import Training, accuracy, accuracy_without, fitted
 from recipes.hunting.suspicion import OUT_OF_FOLD, RANDOM, Suspicion, suspicions
-from recipes.stages import tables
 
 NOTHING, FLIPPED = "nothing", "exactly the flipped ones"
 

@@ -24,8 +24,9 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
 from lightning_influence import InfluenceFunction, InfluenceModule, Proximity, Source
-from recipes.stages import removals, tables
-from recipes.stages.data import Tasks
+from recipes import tables
+from recipes.stages import removals
+from recipes.stages.data import Tasks, tasks_of
 from recipes.stages.fitting import TwoFits, fitted
 from recipes.stages.methods import estimator, gradient_dot
 from recipes.stages.network import TwoRuns
@@ -74,7 +75,7 @@ def suspicion(fits: TwoFits, tasks: Tasks, frozen: bool, seed: int) -> dict[str,
 
 def rows_of(config: Any, seed: int, cache: str) -> list[dict[str, object]]:
     """All methods on one model, each with what leaving out its first samples gives."""
-    data = flipped(tables.tasks_of(config), config.flipped, config.flipping_seed + seed)
+    data = flipped(tasks_of(config), config.flipped, config.flipping_seed + seed)
     tasks, size = data.tasks, len(data.wrong)
     runs = TwoRuns.of(tasks, config.widths, instantiate(config.pretraining), instantiate(config.finetuning))
     with tempfile.TemporaryDirectory() as folder:

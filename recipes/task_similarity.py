@@ -24,9 +24,10 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
 from lightning_influence import InfluenceFunction, InfluenceModule, Proximity, Source
+from recipes import tables
 from recipes.images.data import ImageSplits
-from recipes.stages import removals, tables
-from recipes.stages.data import Tasks
+from recipes.stages import removals
+from recipes.stages.data import Tasks, part
 from recipes.stages.fitting import finetuned, pretrained
 from recipes.stages.methods import estimator
 from recipes.stages.network import TwoRuns
@@ -76,7 +77,7 @@ def variants(config: Any, images: ImageSplits) -> list[Variant]:
     side = math.isqrt(whole.inputs)
     base = make()
     same = make(finetuning=config.tasks.pretraining, finetuning_size=None)
-    rest = tables.part(same.finetuning, slice(len(base.pretraining), len(base.pretraining) + cut))
+    rest = part(same.finetuning, slice(len(base.pretraining), len(base.pretraining) + cut))
     found = [Variant("the same classes, other images", "task", -1, replace(same, finetuning=rest))]
     for degrees in config.angles:
         turned = replace(
@@ -87,7 +88,7 @@ def variants(config: Any, images: ImageSplits) -> list[Variant]:
     mixed = replace(base, finetuning=shuffled(base.finetuning, seed), test=shuffled(base.test, seed))
     found.append(Variant("other classes, shuffled pixels", "task", 180, mixed))
     for size in config.sizes:
-        fewer = replace(base, finetuning=tables.part(whole.finetuning, slice(size)))
+        fewer = replace(base, finetuning=part(whole.finetuning, slice(size)))
         found.append(Variant(f"other classes, {size} images", "size", size, fewer))
     return found
 
@@ -102,7 +103,7 @@ def row_of(config: Any, variant: Variant, cache: str) -> dict[str, object]:
         epochs = max(1, round(steps / -(-len(tasks.finetuning) // how.recipe.batch_size)))
         how = replace(how, recipe=replace(how.recipe, epochs=epochs))
     runs = TwoRuns.of(tasks, config.widths, recipe, how)
-    queries = tables.part(tasks.test, slice(config.queries))
+    queries = part(tasks.test, slice(config.queries))
     size, seeds = len(tasks.pretraining), list(config.seeds)
     groups = removals.random_groups(tasks.pretraining, config.truth.groups, config.truth.group_size, config.truth.seed)
     again = retrain_both(

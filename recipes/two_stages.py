@@ -24,8 +24,9 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
 from lightning_influence.metrics import QueryMean, linear_datamodeling_score, noise_ceiling
-from recipes.stages import removals, tables
-from recipes.stages.data import Tasks
+from recipes import tables
+from recipes.stages import removals
+from recipes.stages.data import Tasks, part, tasks_of
 from recipes.stages.fitting import check_losses, finetuned, pretrained
 from recipes.stages.methods import methods
 from recipes.stages.network import TwoRuns
@@ -197,8 +198,8 @@ def remarks(config: Any, tasks: Tasks, truths: Mapping[str, Truth]) -> str:
 def main(config: DictConfig) -> float:
     """Compare, write the table and the picture, and return the best Pearson correlation with a frozen embedding."""
     config = tables.chosen(config)
-    tasks = tables.tasks_of(config)
-    queries = tables.part(tasks.test, slice(config.queries))
+    tasks = tasks_of(config)
+    queries = part(tasks.test, slice(config.queries))
     results, rows, truths, found = Path(config.results), [], {}, {}
     with tempfile.TemporaryDirectory() as folder:
         for name, how in config.finetuning.items():
@@ -226,8 +227,8 @@ def _best(rows: Sequence[Judged]) -> Judged:
 def _scatter(setting: str, truth: Truth, rows: Sequence[Judged], axis: Any) -> None:
     row, true = _best(rows), removals.changes(truth.losses).mean((1, 2))
     foretold, half = row.foretold.mean(1), len(truth.groups) // 2
-    for part, name in ((slice(half), "of one class"), (slice(half, None), "random")):
-        axis.scatter(foretold[part], true[part], s=14, label=name)
+    for kind, name in ((slice(half), "of one class"), (slice(half, None), "random")):
+        axis.scatter(foretold[kind], true[kind], s=14, label=name)
     axis.axline((0, 0), slope=1, color="black", linewidth=0.6)
     axis.locator_params(axis="x", nbins=5)
     axis.set_xlabel("predicted change of the mean test loss", fontsize=8)
@@ -237,21 +238,12 @@ def _scatter(setting: str, truth: Truth, rows: Sequence[Judged], axis: Any) -> N
 
 
 def _bars(setting: str, rows: Sequence[Judged], axis: Any) -> None:
-    places = torch.arange(len(rows)).double()
-    for shift, name, values in (
-        (-0.18, "LDS", [(row.lds.mean, row.lds.low, row.lds.high) for row in rows]),
-        (
-            0.18,
-            "groups, Pearson",
-            [(p.value, p.low, p.high) for p in (row.groups.pearson for row in rows)],
-        ),
-    ):
-        middle, low, high = torch.tensor(values).t()
-        axis.barh(places + shift, middle, 0.34, xerr=(middle - low, high - middle), label=name, error_kw={"lw": 0.7})
-    axis.set_yticks(places, [row.name for row in rows], fontsize=6)
-    axis.invert_yaxis()
+    measures = {
+        "LDS": [(row.lds.mean, row.lds.low, row.lds.high) for row in rows],
+        "groups, Pearson": [(p.value, p.low, p.high) for p in (row.groups.pearson for row in rows)],
+    }
+    tables.paired_bars(axis, [row.name for row in rows], measures)
     axis.set_title(f"embedding {setting}", fontsize=8)
-    axis.legend(fontsize=7)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
-from numbers import Integral
 from typing import Any
 
 import torch
@@ -25,7 +24,7 @@ from lightning_influence.layer_comparison.removal_truth import RemovalTruth
 from lightning_influence.layer_comparison.results import JudgedScores, LayerComparison, LayerResult, ShortTrainings
 from lightning_influence.metrics import mislabel_detection, query_mean
 from lightning_influence.queries import QueryGradients
-from lightning_influence.questions import Questions
+from lightning_influence.questions import Questions, checked_k
 from lightning_influence.replay import TrainingData, isolated
 from lightning_influence.streaming import batches_of
 
@@ -77,7 +76,7 @@ def compare_layers(
     """
     stage, estimator = influence.stage, _of_one_run(influence)
     length = _length(stage)
-    k = _checked_k(influence.k if k is None else k, length)
+    k = checked_k(influence.k if k is None else k, length)
     flagged = None if flags is None else _checked_flags(flags, length)
     compared, missing = _compared(stage, estimator, influence.user, layers)
     if isinstance(removals, Removals) and influence.train_loader is None:
@@ -226,17 +225,6 @@ def _compared(
             hint='fit with GradientSnapshot(store, parameters="all"), or take an estimator of all parameters: TracIn()',
         )
     return there, missing
-
-
-def _checked_k(k: int, length: int) -> int:
-    if not isinstance(k, Integral) or not 1 <= k <= length:
-        raise QueryError(
-            "k does not fit the number of training samples",
-            expected=f"an integer, 1 <= k <= {length}",
-            found=f"k = {k!r}",
-            hint="choose a k in this range",
-        )
-    return int(k)
 
 
 def _checked_flags(flags: Sequence[bool] | Tensor, length: int) -> Tensor:

@@ -110,8 +110,7 @@ class ClassDetection(InfluenceMetric):
 
     def compute(self) -> ClassesFound:
         """The means over all queries of all processes."""
-        kept = (self._kept(name) for name in ("areas", "precisions"))
-        return ClassesFound(*(query_mean(values, resamples=self.resamples, seed=self.seed) for values in kept))
+        return ClassesFound(*self._means("areas", "precisions"))
 
     def plot(
         self, val: ClassesFound | Mapping[str, ClassesFound] | None = None, ax: Axes | None = None

@@ -47,8 +47,18 @@ def axes(ax: Axes | None) -> tuple[Figure, Axes]:
     if ax is not None:
         figure: Any = ax.figure
         return figure, ax
+    new: tuple[Figure, Axes] = pyplot().subplots(figsize=(5.4, 3.6), layout="constrained")
+    return new
+
+
+def pyplot() -> Any:
+    """matplotlib's pyplot, imported when something is drawn.
+
+    Raises:
+        UnsupportedError: matplotlib is not installed.
+    """
     try:
-        from matplotlib import pyplot
+        from matplotlib import pyplot as drawn_by
     except ModuleNotFoundError as error:
         raise UnsupportedError(
             "pictures need matplotlib",
@@ -56,8 +66,7 @@ def axes(ax: Axes | None) -> tuple[Figure, Axes]:
             found=str(error),
             hint='pip install "lightning-influence[plot]"',
         ) from error
-    new: tuple[Figure, Axes] = pyplot.subplots(figsize=(5.4, 3.6), layout="constrained")
-    return new
+    return drawn_by
 
 
 def named(results: Any, name: str) -> dict[str, Any]:

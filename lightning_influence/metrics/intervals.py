@@ -109,7 +109,7 @@ def difference(
     """
     pairs = _pairs(first, second, ids, other_ids)
     if not len(pairs):
-        return Comparison(torch.nan, torch.nan, torch.nan, 0, "no query has a value of both")
+        return _not_stated(pairs, "no query has a value of both")
     gaps = pairs[:, 0] - pairs[:, 1]
     low, high = quantiles(bootstrap_means(gaps.unsqueeze(1), resamples, seed)[:, 0])
     return Comparison(float(gaps.mean()), low, high, len(pairs))
@@ -146,19 +146,21 @@ def ratio(
     """
     pairs = _pairs(numerator, denominator, ids, other_ids)
     if not len(pairs):
-        return Comparison(torch.nan, torch.nan, torch.nan, 0, "no query has a value of both")
+        return _not_stated(pairs, "no query has a value of both")
     if len(pairs) < 2:
-        return Comparison(torch.nan, torch.nan, torch.nan, len(pairs), "one query alone has no interval")
+        return _not_stated(pairs, "one query alone has no interval")
     above, below = bootstrap_means(pairs, resamples, seed).unbind(1)
     low, high = quantiles(below)
     if low <= 0 <= high:
-        reason = f"the interval of the denominator, [{low:.3f}, {high:.3f}], holds zero"
-        return Comparison(torch.nan, torch.nan, torch.nan, len(pairs), reason)
+        return _not_stated(pairs, f"the interval of the denominator, [{low:.3f}, {high:.3f}], holds zero")
     if bool((below == 0).any()):
-        reason = "some of the resampled denominators are zero"
-        return Comparison(torch.nan, torch.nan, torch.nan, len(pairs), reason)
+        return _not_stated(pairs, "some of the resampled denominators are zero")
     top, bottom = pairs.mean(0).tolist()
     return Comparison(top / bottom, *quantiles(above / below), len(pairs))
+
+
+def _not_stated(pairs: Tensor, reason: str) -> Comparison:
+    return Comparison(torch.nan, torch.nan, torch.nan, len(pairs), reason)
 
 
 def bootstrap_means(values: Tensor, resamples: int, seed: int) -> Tensor:

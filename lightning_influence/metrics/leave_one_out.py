@@ -106,8 +106,7 @@ class LeaveOneOutCorrelation(InfluenceMetric):
 
     def compute(self) -> LeaveOneOut:
         """The means over all queries of all processes."""
-        kept = (self._kept(name) for name in _KEPT)
-        return LeaveOneOut(*(query_mean(values, resamples=self.resamples, seed=self.seed) for values in kept))
+        return LeaveOneOut(*self._means(*_KEPT))
 
     def plot(
         self, val: LeaveOneOut | Mapping[str, LeaveOneOut] | None = None, ax: Axes | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from typing import Any
 
@@ -12,6 +12,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from lightning_influence.errors import MetricError
+from lightning_influence.metrics.intervals import QueryMean, query_mean
 
 
 class InfluenceMetric(Metric):
@@ -55,6 +56,10 @@ class InfluenceMetric(Metric):
             )
         kept: Tensor = dim_zero_cat(held)
         return kept.cpu()
+
+    def _means(self, *names: str) -> Iterator[QueryMean]:
+        """The mean over all queries of each of these."""
+        return (query_mean(self._kept(name), resamples=self.resamples, seed=self.seed) for name in names)
 
     def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
         """torchmetrics takes results apart to squeeze single numbers in them, which frozen dataclasses refuse and

@@ -107,8 +107,7 @@ class NoiseDetectionRate(InfluenceMetric):
 
     def compute(self) -> NoiseFound:
         """The means over all queries of all processes."""
-        kept = (self._kept(name) for name in _KEPT)
-        return NoiseFound(*(query_mean(values, resamples=self.resamples, seed=self.seed) for values in kept))
+        return NoiseFound(*self._means(*_KEPT))
 
     def plot(
         self, val: NoiseFound | Mapping[str, NoiseFound] | None = None, ax: Axes | None = None

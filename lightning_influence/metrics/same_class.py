@@ -118,8 +118,7 @@ class SameClassRate(InfluenceMetric):
 
     def compute(self) -> SameClass:
         """The means over all queries of all processes."""
-        kept = (self._kept(name) for name in ("rates", "chances"))
-        return SameClass(*(query_mean(values, resamples=self.resamples, seed=self.seed) for values in kept))
+        return SameClass(*self._means("rates", "chances"))
 
     def plot(
         self, val: SameClass | Mapping[str, SameClass] | None = None, ax: Axes | None = None

@@ -94,8 +94,7 @@ class RankStability(InfluenceMetric):
 
     def compute(self) -> Stability:
         """The means over all queries of all processes."""
-        kept = (self._kept(name) for name in _KEPT)
-        return Stability(*(query_mean(values, resamples=self.resamples, seed=self.seed) for values in kept))
+        return Stability(*self._means(*_KEPT))
 
     def plot(
         self, val: Stability | Mapping[str, Stability] | None = None, ax: Axes | None = None

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from lightning_influence.errors import QueryError, UnsupportedError
+from lightning_influence.errors import QueryError
+from lightning_influence.metrics.drawing import pyplot
 from lightning_influence.report.explanation import Description, Evidence, Explanation, pieces, signed, strength
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def picture(explanation: Explanation, *, lines: int = 2) -> tuple[Figure, Axes]:
     Raises:
         UnsupportedError: matplotlib is not installed.
     """
-    figure = _pyplot().figure(figsize=(_WIDTH, 1.0), dpi=_DPI)  # the height follows when the lines are set
+    figure = pyplot().figure(figsize=(_WIDTH, 1.0), dpi=_DPI)  # the height follows when the lines are set
     axes = figure.add_axes((0, 0, 1, 1))
     axes.axis("off")
     sheet = _Sheet(axes, max(1, lines))
@@ -83,7 +84,7 @@ def detection_curve(scores: Mapping[str, Tensor], sought: Sequence[bool]) -> tup
             found=f"{int(wanted.sum())} sought, shapes {shapes}",
             hint="pass one boolean for every training sample, and self_influence() for example",
         )
-    figure, axes = _pyplot().subplots(figsize=(5.4, 3.6), layout="constrained")
+    figure, axes = pyplot().subplots(figsize=(5.4, 3.6), layout="constrained")
     share = torch.linspace(0, 1, len(wanted) + 1)
     for (name, values), colour in zip(scores.items(), cycle((PROPONENT, OPPONENT, "#2166ac", "#8c6d31")), strict=False):
         hits = wanted[values.detach().cpu().argsort(descending=True, stable=True)].cumsum(0) / wanted.sum()
@@ -175,16 +176,3 @@ def _fonts(properties: Any) -> Iterator[Any]:
         for name in rcParams.get(f"font.{family}", [family]):
             with suppress(ValueError):
                 yield get_font(findfont(FontProperties(family=name), fallback_to_default=False))
-
-
-def _pyplot() -> Any:
-    try:
-        from matplotlib import pyplot
-    except ModuleNotFoundError as error:
-        raise UnsupportedError(
-            "pictures need matplotlib",
-            expected="the extra [plot]",
-            found=str(error),
-            hint='pip install "lightning-influence[plot]"',
-        ) from error
-    return pyplot

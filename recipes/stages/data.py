@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from hydra.utils import instantiate
 
 from recipes.images.data import ImageSplits
 from recipes.truths.retraining import Samples
@@ -78,3 +80,14 @@ def tasks(
 def first(samples: Samples, count: int | None) -> Samples:
     """The first so many samples; None takes all."""
     return Samples(samples.inputs[:count], samples.labels[:count])
+
+
+def tasks_of(config: Any) -> Tasks:
+    """The two tasks of a configuration."""
+    made: Tasks = instantiate(config.tasks, images=instantiate(config.images))
+    return made
+
+
+def part(samples: Samples, positions: Any) -> Samples:
+    """Some of the samples, by a slice, a mask or positions."""
+    return Samples(samples.inputs[positions].contiguous(), samples.labels[positions].contiguous())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -155,13 +154,6 @@ def per_sample_gradients(module: StagedClassifier, samples: Samples) -> Tensor:
 
     found = vmap(grad(loss), in_dims=(None, 0, 0))(shared, samples.inputs, samples.labels)
     return torch.cat([found[name].flatten(1) for name in shared], 1).double()
-
-
-def quiet() -> None:
-    """One thread, and none of the warnings that a network is not quite at rest: the tables judge that."""
-    torch.set_num_threads(1)
-    for start in (".*stationary", ".*has not converged", ".*did not converge", ".*IProgress", ".*damp"):
-        warnings.filterwarnings("ignore", message=f"(?s){start}")
 
 
 def _influence(damping: float | None) -> InfluenceFunction:

@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_influence.artifacts.disk import sync_folder
 from lightning_influence.artifacts.json_values import Json, canonical, parse
 from lightning_influence.artifacts.tensor_files import raw_bytes
 from lightning_influence.errors import StoreError
@@ -264,6 +265,7 @@ def _into_place(path: Path) -> Iterator[Path]:
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_folder(path.parent)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

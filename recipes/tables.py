@@ -1,18 +1,16 @@
-"""Rows of any kind as a table with the command that made it, and pictures of them."""
+"""How an experiment begins and ends: its configuration, rows as a table with the command that made it, pictures."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from recipes.stages.data import Tasks
-from recipes.stages.methods import quiet
-from recipes.truths.retraining import Samples
+Interval: TypeAlias = tuple[float, float, float]  # middle, low, high
 
 
 def chosen(config: DictConfig) -> Any:
@@ -21,15 +19,11 @@ def chosen(config: DictConfig) -> Any:
     return OmegaConf.merge(config, config.when_quick) if config.quick else config
 
 
-def tasks_of(config: Any) -> Tasks:
-    """The two tasks of a configuration."""
-    made: Tasks = instantiate(config.tasks, images=instantiate(config.images))
-    return made
-
-
-def part(samples: Samples, positions: Any) -> Samples:
-    """Some of the samples, by a slice, a mask or positions."""
-    return Samples(samples.inputs[positions].contiguous(), samples.labels[positions].contiguous())
+def quiet() -> None:
+    """One thread, and none of the warnings that a network is not quite at rest: the tables judge that."""
+    torch.set_num_threads(1)
+    for start in (".*stationary", ".*has not converged", ".*did not converge", ".*IProgress", ".*damp"):
+        warnings.filterwarnings("ignore", message=f"(?s){start}")
 
 
 def table(rows: Sequence[Mapping[str, object]]) -> str:
@@ -69,6 +63,21 @@ def picture(path: Path, panels: Sequence[Callable[[Any], None]], width: float = 
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     print(f"picture: {path}")
+
+
+def paired_bars(axis: Any, names: Sequence[str], pairs: Mapping[str, Sequence[Interval]]) -> None:
+    """Two bars with their intervals for each name.
+
+    Args:
+        pairs: what is measured -> one interval for each name, of two measures.
+    """
+    for shift, (what, values) in zip((-0.18, 0.18), pairs.items(), strict=True):
+        reach = [[middle - low for middle, low, _ in values], [high - middle for middle, _, high in values]]
+        places = [place + shift for place in range(len(names))]
+        axis.barh(places, [middle for middle, _, _ in values], 0.34, xerr=reach, label=what, error_kw={"lw": 0.7})
+    axis.set_yticks(range(len(names)), names, fontsize=6)
+    axis.invert_yaxis()
+    axis.legend(fontsize=7)
 
 
 def _shown(value: object) -> str:
