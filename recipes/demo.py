@@ -14,12 +14,11 @@ import hydra
 import torch
 from hydra.utils import instantiate
 from omegaconf import DictConfig
-from torch import Tensor
 
 from lightning_influence import ArtifactStore, InfluenceModule, TracInLast, TracInWE
 from lightning_influence.estimators.tracin import Preconditioner
-from lightning_influence.metrics import mislabel_detection
-from lightning_influence.report import detection_curve, explain, picture, save_page, text_table
+from lightning_influence.metrics import MislabelDetection, mislabel_detection
+from lightning_influence.report import explain, picture, save_page, text_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
 from recipes.data import TextDataModule
@@ -45,25 +44,19 @@ def typical_queries(finished: Fit, count: int, least_words: int = 8) -> list[int
     return sorted(chosen.values())[:count]
 
 
-def found_in_first(scores: Tensor, flipped: Tensor, share: float) -> float:
-    """Share of the flipped labels among the first `share` of the training set by score."""
-    return mislabel_detection(scores, flipped, at=[share]).at[0].recall
-
-
 def hunt(influences: dict[str, InfluenceModule], data: TextDataModule, folder: Path, share: float = 0.1) -> None:
     """Say how many flipped labels come first by self-influence, and draw the curve."""
     flipped = torch.tensor(data.flipped)
-    print(f"\n{int(flipped.sum())} of {len(flipped)} training labels were flipped. Among the first {share:.0%}:")
-    print(f"  at random                     {share:.0%} of them")
-    curves: dict[str, Tensor] = {}
-    for name, influence in influences.items():
-        curves[name] = influence.self_influence()
-        print(f"  by self-influence, {name:10s} {found_in_first(curves[name], flipped, share):.0%}")
+    found = {name: mislabel_detection(i.self_influence(), flipped, at=[share]) for name, i in influences.items()}
     store = next(iter(influences.values())).store
     margin = torch.stack([store.dynamics(c)["margin"] for c in store.checkpoints()]).mean(0)
-    curves["mean margin"] = -margin
-    print(f"  by mean margin over training  {found_in_first(-margin, flipped, share):.0%}")
-    figure, _ = detection_curve(curves, data.flipped)
+    found["mean margin"] = mislabel_detection(-margin, flipped, at=[share])
+    print(f"\n{int(flipped.sum())} of {len(flipped)} training labels were flipped. Among the first {share:.0%}:")
+    print(f"  at random                     {share:.0%} of them")
+    for name in influences:
+        print(f"  by self-influence, {name:10s} {found[name].at[0].recall:.0%}")
+    print(f"  by mean margin over training  {found['mean margin'].at[0].recall:.0%}")
+    figure, _ = MislabelDetection().plot(found)
     figure.savefig(folder / "flipped.png", dpi=130)
 
 

@@ -12,6 +12,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,8 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import Tensor
 
-from lightning_influence.metrics import MislabelsFound, mislabel_detection
-from lightning_influence.report import detection_curve, label_issues
+from lightning_influence.metrics import MislabelDetection, MislabelsFound, mislabel_detection
+from lightning_influence.report import label_issues
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # so that `recipes` is found however this is started
 from recipes import tables
@@ -194,7 +195,8 @@ def main(config: DictConfig) -> float:
             told += [dropped_table(results, again)]
         tables.write(path.with_suffix(".md"), f"Wrong labels, {config.title}", config.command, told)
         if not number:
-            _draw(path.with_suffix(".png"), {title: by_title[title] for title in config.drawn}, hunted.wrong)
+            found = {title: mislabel_detection(by_title[title], hunted.wrong) for title in config.drawn}
+            tables.picture(path.with_suffix(".png"), [partial(MislabelDetection().plot, found)], width=5.4)
             _export(config, hunted, by_title[config.exported])
     return best(results, len(config.shares) - 1)[1]
 
@@ -205,19 +207,6 @@ def _export(config: Any, hunted: Hunted, scores: Tensor) -> None:
     issues = label_issues(scores, share=config.shares[0], given_labels=names, texts=hunted.texts or None)
     folder = Path(config.folder)
     print(f"{issues}\n{issues.to_csv(folder / 'issues.csv')}\n{issues.to_jsonl(folder / 'issues.jsonl')}")
-
-
-def _draw(path: Path, scores: Mapping[str, Tensor], wrong: Tensor) -> None:
-    """The detection curves of a few scores; without matplotlib nothing is drawn."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("no picture: matplotlib is not installed")
-        return
-    matplotlib.use("agg")
-    figure, _ = detection_curve(scores, wrong.tolist())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
 
 
 def _spread(values: Sequence[float], digits: int = 3) -> str:

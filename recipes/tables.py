@@ -41,7 +41,7 @@ def write(path: Path, title: str, command: str, parts: Sequence[str]) -> None:
     print(text, flush=True)
 
 
-def picture(path: Path, panels: Sequence[Callable[[Any], None]], width: float = 4.4, height: float = 3.6) -> None:
+def picture(path: Path, panels: Sequence[Callable[[Any], object]], width: float = 4.4, height: float = 3.6) -> None:
     """Draw panels, three beside each other; without matplotlib nothing is drawn."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg

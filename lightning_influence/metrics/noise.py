@@ -1,7 +1,8 @@
 """Noise detection rate: are the samples that were made noisy among those that worked most against a query?
 
 The samples are examined from the lowest score up (opponents first), and the rate is the share of noisy ones among the
-first k. It is how two-stage attribution is used to clean pretraining data: Chen et al. 2020 (2007.09081).
+first k. The name is that of Vitel & Chhabra 2025 (2511.04715), who judge layers by it without retraining; two-stage
+attribution cleans pretraining data in this way (Chen et al. 2020, 2007.09081).
 """
 
 from __future__ import annotations

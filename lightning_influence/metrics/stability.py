@@ -1,7 +1,7 @@
 """Rank stability: does the same method give the same ranking when the model is trained with another seed?
 
-Søgaard et al. 2021 (2111.04683) found influence rankings to depend much on seeds; a ranking that does not repeat itself
-cannot be an explanation of the data, whatever its other scores.
+Karthikeyan & Søgaard 2021 (2111.04683) found influence rankings to depend much on seeds; a ranking that does not repeat
+itself cannot be an explanation of the data, whatever its other scores.
 """
 
 from __future__ import annotations

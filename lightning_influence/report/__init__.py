@@ -3,7 +3,7 @@
 from lightning_influence.report.explanation import Description, Evidence, Explanation, explain
 from lightning_influence.report.issue_table import LabelIssues, label_issues
 from lightning_influence.report.page import page, save_page
-from lightning_influence.report.picture import detection_curve, picture
+from lightning_influence.report.picture import picture
 from lightning_influence.report.text_table import text_table
 
 __all__ = [
@@ -11,7 +11,6 @@ __all__ = [
     "Evidence",
     "Explanation",
     "LabelIssues",
-    "detection_curve",
     "explain",
     "label_issues",
     "page",

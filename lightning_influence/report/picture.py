@@ -3,15 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from lightning_influence.errors import QueryError
 from lightning_influence.metrics.drawing import pyplot
 from lightning_influence.report.explanation import Description, Evidence, Explanation, pieces, signed, strength
 
@@ -58,40 +53,6 @@ def picture(explanation: Explanation, *, lines: int = 2) -> tuple[Figure, Axes]:
     figure.set_size_inches(_WIDTH, y)
     axes.set_xlim(0, _WIDTH)
     axes.set_ylim(y, 0)
-    return figure, axes
-
-
-def detection_curve(scores: Mapping[str, Tensor], sought: Sequence[bool]) -> tuple[Figure, Axes]:
-    """How many of the sought samples (say, flipped labels) are among the first k, for every k, against random order.
-
-    Args:
-        scores: name -> (N,), highest examined first; equal scores in the order of the samples.
-        sought: (N,), whether the sample is one of those sought.
-
-    Returns:
-        (fig, ax) of matplotlib.
-
-    Raises:
-        QueryError: nothing is sought, or there is not one score for every sample.
-        UnsupportedError: matplotlib is not installed.
-    """
-    wanted = torch.tensor(list(sought), dtype=torch.float64)
-    shapes = {name: tuple(values.shape) for name, values in scores.items()}
-    if not wanted.any() or any(shape != (len(wanted),) for shape in shapes.values()):
-        raise QueryError(
-            "there is no detection curve of these scores",
-            expected=f"some sought samples, and for every name {len(wanted)} scores",
-            found=f"{int(wanted.sum())} sought, shapes {shapes}",
-            hint="pass one boolean for every training sample, and self_influence() for example",
-        )
-    figure, axes = pyplot().subplots(figsize=(5.4, 3.6), layout="constrained")
-    share = torch.linspace(0, 1, len(wanted) + 1)
-    for (name, values), colour in zip(scores.items(), cycle((PROPONENT, OPPONENT, "#2166ac", "#8c6d31")), strict=False):
-        hits = wanted[values.detach().cpu().argsort(descending=True, stable=True)].cumsum(0) / wanted.sum()
-        axes.plot(share, torch.cat([hits.new_zeros(1), hits]), color=colour, label=name)
-    axes.plot([0, 1], [0, 1], color=FAINT, linestyle="--", label="random order")
-    axes.set(xlabel="share of the training set examined", ylabel="share of the sought samples found")
-    axes.legend(frameon=False, loc="lower right")
     return figure, axes
 
 

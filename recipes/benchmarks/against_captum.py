@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `recipes` is found however this is started
 from lightning_influence import ArtifactStore, GradientSnapshot, InfluenceModule, TracInWE
-from recipes.benchmarks.measuring import cpu_seconds, interleaved, report, timed
+from recipes.benchmarks.measuring import Clocked, interleaved, report, timed
 
 VOCABULARY, LENGTH, WIDTH, BATCH, EPOCHS, RATE = 2000, 32, 64, 50, 3, 0.1
 SAMPLES, QUERIES = 1000, 50
@@ -56,24 +56,8 @@ class Classifier(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=RATE)
 
 
-class Clocked(GradientSnapshot):
+class ClockedSnapshot(Clocked, GradientSnapshot):
     """The callback, with the CPU seconds of all its hooks."""
-
-    seconds = 0.0
-
-    def __getattribute__(self, name: str) -> Any:
-        value = super().__getattribute__(name)
-        if name not in ("setup", "teardown") and not name.startswith("on_"):
-            return value
-
-        def clocked(*args: Any, **kwargs: Any) -> Any:
-            start = cpu_seconds()
-            try:
-                return value(*args, **kwargs)
-            finally:
-                self.seconds += cpu_seconds() - start
-
-        return clocked
 
 
 def texts(count: int, seed: int) -> TensorDataset:
@@ -149,7 +133,7 @@ def main() -> None:
 
         def everything() -> float:
             with tempfile.TemporaryDirectory() as fresh:
-                clock = Clocked(fresh + "/store")
+                clock = ClockedSnapshot(fresh + "/store")
                 fitted = fit(data, clock)
                 asked = InfluenceModule(fitted, fresh + "/store", TracInWE())
                 return clock.seconds + timed(lambda: asked.scores(queries.tensors))

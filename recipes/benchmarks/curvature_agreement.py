@@ -41,12 +41,8 @@ from lightning_influence.gradients import Dense, Gradients, select
 from lightning_influence.replay import TrainingData
 from recipes.benchmarks.explained import Explained
 from recipes.benchmarks.measuring import Row, report
-from recipes.benchmarks.peers import (
-    Kronfluence,
-    curvlinops_inverse,
-    curvlinops_operator,
-    per_sample_gradients,
-)
+from recipes.benchmarks.peers.curvlinops import curvlinops_inverse, curvlinops_operator, per_sample_gradients
+from recipes.benchmarks.peers.kronfluence import Kronfluence
 from recipes.truths.training import Build, initial
 
 Kind = Literal["kfac", "ekfac"]

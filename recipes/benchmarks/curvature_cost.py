@@ -61,13 +61,13 @@ from lightning_influence.replay import TrainingData
 from lightning_influence.samples import fingerprint
 from recipes.benchmarks.explained import Explained
 from recipes.benchmarks.measuring import Rounds, interleaved, report, timed
-from recipes.benchmarks.peers import (
-    Kronfluence,
+from recipes.benchmarks.peers.curvlinops import (
     curvlinops_inverse,
     curvlinops_operator,
     layer_parameters,
     per_sample_gradients,
 )
+from recipes.benchmarks.peers.kronfluence import Kronfluence
 from recipes.truths.digits import RECIPES, mlp
 from recipes.truths.training import Recipe, initial, train
 

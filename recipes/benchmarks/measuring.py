@@ -30,6 +30,38 @@ def timed(work: Callable[[], object]) -> float:
     return cpu_seconds() - start
 
 
+class Clocked:
+    """Mixed into a callback: it counts the CPU seconds of all its hooks.
+
+    >>> class Waiting(Clocked):
+    ...     def on_fit_end(self):
+    ...         return sum(range(10**6))
+    >>> callback = Waiting()
+    >>> callback.on_fit_end() > 0 and callback.seconds > 0
+    True
+    """
+
+    seconds = 0.0
+    _within = False
+
+    def __getattribute__(self, name: str) -> Any:
+        value = super().__getattribute__(name)
+        if name not in ("setup", "teardown") and not name.startswith("on_"):
+            return value
+
+        def clocked(*args: Any, **kwargs: Any) -> Any:
+            if self._within:  # a hook that calls another one
+                return value(*args, **kwargs)
+            self._within, start = True, cpu_seconds()
+            try:
+                return value(*args, **kwargs)
+            finally:
+                self._within = False
+                self.seconds += cpu_seconds() - start
+
+        return clocked
+
+
 @dataclass(frozen=True)
 class Rounds:
     """CPU seconds of every variant in every round."""

@@ -25,7 +25,8 @@ from torch.utils.data import TensorDataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `recipes` is found however this is started
 from lightning_influence.metrics import QueryMean, linear_datamodeling_score, mean_over_models, noise_ceiling
 from recipes.benchmarks.measuring import Row, report
-from recipes.benchmarks.peers import Kronfluence, curvlinops_inverse, curvlinops_operator, per_sample_gradients
+from recipes.benchmarks.peers.curvlinops import curvlinops_inverse, curvlinops_operator, per_sample_gradients
+from recipes.benchmarks.peers.kronfluence import Kronfluence
 from recipes.truths.digits import (
     MODELS,
     REFERENCE_SEEDS,

@@ -100,13 +100,22 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor]:
     """Probabilities of the predicted classes: of the whole model (Q,), and of each subset's model for its query."""
     count = len(fit.set_up.texts.train)
+    whole = [torch.arange(count)], [torch.ones(count)]
+    before = _said(fit, train, *whole, truths)[0]
+    _check(fit, before)
+    after = _said(fit, train, subsets, weights, truths)  # (R, Q)
+    return before, after[torch.arange(len(whose)), torch.tensor(whose, dtype=torch.long)]
+
+
+def _said(
+    fit: Explained, train: Samples, subsets: Sequence[Tensor], weights: Sequence[Tensor], truths: Truths
+) -> Tensor:
+    """Probabilities of the predicted classes (R, Q) by models trained on the subsets."""
     truth = retrain(
-        fit.set_up.again, fit.set_up.recipe, train, fit.queries, [torch.arange(count), *subsets],
-        seeds=[fit.seed], weights=[torch.ones(count), *weights], cache=truths.cache, at_once=truths.at_once,
+        fit.set_up.again, fit.set_up.recipe, train, fit.queries, subsets,
+        seeds=[fit.seed], weights=weights, cache=truths.cache, at_once=truths.at_once,
     )  # fmt: skip
-    said = (-truth.losses[:, 0]).exp()  # (1 + R, Q)
-    _check(fit, said[0])
-    return said[0], said[1:][torch.arange(len(whose)), torch.tensor(whose, dtype=torch.long)]
+    return (-truth.losses[:, 0]).exp()
 
 
 def unlike(fit: Explained, before: Tensor) -> float:
@@ -122,7 +131,7 @@ def unlike(fit: Explained, before: Tensor) -> float:
 
 
 def _check(fit: Explained, before: Tensor) -> None:
-    """Refuse a model that is trained again in another way than the explained one."""
+    """Refuse a model that is trained again in another way than the explained one, before many are trained."""
     if (gap := unlike(fit, before)) > _ROUNDING:
         raise RuntimeError(
             f"The whole model trained again says other probabilities than the explained one: expected at most "

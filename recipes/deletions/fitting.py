@@ -86,14 +86,14 @@ class Explained:
 def explained(set_up: SetUp, seed: int, folder: Path) -> Explained:
     """Fit with the gradients of the first and the last layer at every checkpoint: the store `ends`."""
     ends = GradientSnapshot(folder / "ends", ["word_embeddings", "last_layer"], every_n_epochs=set_up.every_n_epochs)
-    return _fitted(set_up, seed, folder, [ends])
+    return fitted(set_up, seed, folder, [ends])
 
 
 def explained_in_all_ways(set_up: SetUp, seed: int, folder: Path) -> Explained:
     """Fit with the stores `ends`, `all` (every parameter), `final` (every parameter after the last step, and the
     curvature there) and `in_flight` (word embeddings)."""
     every = set_up.every_n_epochs
-    return _fitted(set_up, seed, folder, [
+    return fitted(set_up, seed, folder, [
         GradientSnapshot(folder / "ends", ["word_embeddings", "last_layer"], every_n_epochs=every),
         GradientSnapshot(folder / "all", "all", every_n_epochs=every),
         GradientSnapshot(folder / "final", "all", every_n_epochs=set_up.recipe.epochs),
@@ -102,7 +102,8 @@ def explained_in_all_ways(set_up: SetUp, seed: int, folder: Path) -> Explained:
     ])  # fmt: skip
 
 
-def _fitted(set_up: SetUp, seed: int, folder: Path, callbacks: Sequence[Callback]) -> Explained:
+def fitted(set_up: SetUp, seed: int, folder: Path, callbacks: Sequence[Callback]) -> Explained:
+    """Fit with any callbacks, whose stores lie in the folder by their kinds."""
     module = initial(set_up.build, seed)
     assert isinstance(module, LightningModule)
     loader = set_up.texts.loader(set_up.recipe, seed)

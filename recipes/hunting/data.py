@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from recipes.data import TextDataModule
-from recipes.data.corpus import Corpus, TextSource
+from recipes.data.fewer_texts import FewerTexts
 from recipes.data.text_data_module import EncodedTexts, collate
 from recipes.hunting import out_of_fold
 from recipes.images.data import ImageSplits
@@ -63,26 +63,6 @@ class Hunted:
         return Subset(self.train, kept.nonzero().squeeze(1).tolist())
 
 
-@dataclass(frozen=True)
-class FirstTexts:
-    """The first training texts of a source, and all of its test texts."""
-
-    source: TextSource
-    size: int
-
-    def load(self) -> Corpus:
-        """Those of the source."""
-        corpus = self.source.load()
-        first = slice(self.size)
-        return replace(
-            corpus,
-            train_texts=corpus.train_texts[first],
-            train_labels=corpus.train_labels[first],
-            flipped=corpus.flipped[first],
-            original_train_labels=corpus.original_train_labels[first],
-        )
-
-
 def texts(
     data: TextDataModule,
     model: Callable[..., LightningModule],
@@ -97,13 +77,13 @@ def texts(
         data: not set up yet.
         model: makes the classifier, given `vocabulary_size` and `num_classes`.
         held_out: of the data's test texts these many, at random, are the clean set; the others are the test set.
-        size: train on the first ones only; None takes all.
+        size: train on fewer texts, chosen by hash; None takes all.
         flipped: share of the training labels that are replaced by another class.
         seed: of the flips and of the clean set.
     """
     data.flip_fraction, data.seed = flipped, seed
     if size is not None:
-        data.source = FirstTexts(data.source, size)
+        data.source = FewerTexts(data.source, size)
     data.setup()
     build = partial(model, vocabulary_size=len(data.vocabulary), num_classes=len(data.label_names))
     train, test = data.train_dataloader().dataset, data.test_dataloader().dataset

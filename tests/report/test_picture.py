@@ -9,15 +9,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 pytest.importorskip("matplotlib")
 
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
 
-from lightning_influence import QueryError, UnsupportedError
-from lightning_influence.report import Description, Explanation, detection_curve, picture
+from lightning_influence import UnsupportedError
+from lightning_influence.report import Description, Explanation, picture
 from lightning_influence.report.picture import FAINT, OPPONENT, PROPONENT
 from tests.report.made_up import LONG, evidence, explanation, word
 
@@ -103,27 +102,6 @@ def test_on_a_canvas_that_is_no_screen(tmp_path):
     assert "<svg" in (tmp_path / "picture.svg").read_text(encoding="utf-8")
 
 
-def test_detection_curve():
-    scores = {f"score {n}": torch.rand(10, generator=torch.Generator().manual_seed(n)) for n in range(5)}
-    scores["perfect"] = torch.tensor([0.0, 0, 5, 0, 0, 0, 4, 0, 0, 0])
-    sought = [n in (2, 6) for n in range(10)]
-    figure, axes = detection_curve(scores, sought)
-    lines = {line.get_label(): line for line in axes.lines}
-    assert set(lines) == {*scores, "random order"} and drawn(figure) > 1000
-    assert lines["perfect"].get_ydata().tolist() == [0, 0.5] + [1.0] * 9
-    assert lines["perfect"].get_xdata().tolist() == pytest.approx([n / 10 for n in range(11)])
-    for name, values in scores.items():
-        first = values.argsort(descending=True, stable=True)[:3].tolist()
-        assert lines[name].get_ydata()[3] == sum(sought[i] for i in first) / 2
-
-
-@pytest.mark.parametrize("sought", [[False] * 4, [True] * 3, []])
-def test_detection_curve_of_nothing(sought):
-    with pytest.raises(QueryError, match="no detection curve") as refused:
-        detection_curve({"score": torch.arange(4.0)}, sought)
-    assert "HINT" in str(refused.value)
-
-
 def test_without_matplotlib(monkeypatch):
     real = builtins.__import__
 
@@ -134,7 +112,6 @@ def test_without_matplotlib(monkeypatch):
 
     monkeypatch.setattr(builtins, "__import__", missing)
     monkeypatch.delitem(sys.modules, "matplotlib")
-    for draw in (lambda: picture(explanation()), lambda: detection_curve({"s": torch.ones(1)}, [True])):
-        with pytest.raises(UnsupportedError, match="need matplotlib") as refused:
-            draw()
-        assert "lightning-influence[plot]" in str(refused.value)
+    with pytest.raises(UnsupportedError, match="need matplotlib") as refused:
+        picture(explanation())
+    assert "lightning-influence[plot]" in str(refused.value)

@@ -1,22 +1,28 @@
-"""Kronfluence and curvlinops as the benchmarks use them: classifiers with the mean cross-entropy, one process, a CPU.
+"""Kronfluence as the benchmarks use it: classifiers with the mean cross-entropy, one process, a CPU.
 
-Both are imported where they are used: they live in an environment of their own (README.md here says how to make it).
+It tracks Linear and Conv2d layers, and no others: of a text classifier with an Embedding and Conv1d layers the last
+layer alone. Since a Conv1d is a Conv2d of height one, it is also asked about a model that has been rewritten so.
+
+It is imported where it is used: it lives in an environment of its own (README.md of the benchmarks says how).
 """
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
+from recipes.benchmarks.peers.asked import Peer, Trained, dataset
+from recipes.truths.samples import Samples
+
+BATCH, QUERY_BATCH = 500, 100
 Strategy = Literal["identity", "diagonal", "kfac", "ekfac"]
 
 
@@ -114,6 +120,22 @@ class Kronfluence:
         )
         return self._scores(strategy, queries, data, arguments, query_batch_size, train_batch_size)["all_modules"]
 
+    def self_scores(self, strategy: Strategy, data: TensorDataset, *, batch_size: int) -> Tensor:
+        """The influence (N,) of every sample on itself, with the damping of 0.1·mean of a layer."""
+        from kronfluence.arguments import ScoreArguments
+
+        self._scored += 1
+        name = f"scores-{self._scored}"
+        self.analyzer.compute_self_scores(
+            name,
+            strategy,
+            data,
+            per_device_train_batch_size=batch_size,
+            score_args=ScoreArguments(damping_factor=None),
+        )
+        found: Tensor = self.analyzer.load_self_scores(name)["all_modules"]
+        return found
+
     def scores_by_layer(
         self, strategy: Strategy, queries: TensorDataset, data: TensorDataset, *, dtype: torch.dtype
     ) -> dict[str, Tensor]:
@@ -153,62 +175,76 @@ class Kronfluence:
         return scores
 
 
-def layer_parameters(model: nn.Module) -> list[nn.Parameter]:
-    """Weights and biases of the Linear and Conv2d layers, in order."""
-    return [p for layer in model.modules() if isinstance(layer, (nn.Linear, nn.Conv2d)) for p in layer.parameters()]
+class AsConv2d(nn.Module):
+    """A Conv1d computed by a Conv2d of height one, with the same weights."""
+
+    def __init__(self, original: nn.Conv1d) -> None:
+        super().__init__()
+        if original.padding_mode != "zeros":
+            raise ValueError(f"Expected a convolution padded with zeros, found {original.padding_mode!r}.")
+        self.convolution = nn.Conv2d(
+            original.in_channels,
+            original.out_channels,
+            (1, original.kernel_size[0]),
+            stride=(1, original.stride[0]),
+            padding=original.padding if isinstance(original.padding, str) else (0, original.padding[0]),
+            dilation=(1, original.dilation[0]),
+            groups=original.groups,
+            bias=original.bias is not None,
+            dtype=original.weight.dtype,
+        )
+        weights = {
+            name: value.unsqueeze(2) if value.dim() == 3 else value for name, value in original.state_dict().items()
+        }
+        self.convolution.load_state_dict(weights)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return (B, K, T) of (B, D, T)."""
+        answer: Tensor = self.convolution(hidden.unsqueeze(2)).squeeze(2)
+        return answer
 
 
-def curvlinops_operator(
-    kind: Literal["kfac", "ekfac"],
-    model: nn.Module,
-    data: TensorDataset,
-    *,
-    fisher_type: Literal["mc", "type-2", "empirical"] = "mc",
-    batch_size: int,
-    tuned: bool = True,
-    seed: int = 0,
-) -> Any:
-    """The fitted curvature of the Linear and Conv2d layers, a weight and its bias together.
+def with_conv2d(model: nn.Module) -> nn.Module:
+    """The model itself, its Conv1d layers replaced by Conv2d layers that compute the same."""
+    for layer in list(model.modules()):
+        for name, child in list(layer.named_children()):
+            if type(child) is nn.Conv1d:
+                setattr(layer, name, AsConv2d(child))
+    return model
 
-    Tuned leaves out what curvlinops does by default beside the fit: the passes over the data that count its samples
-    and its loss terms, and the check that two products agree.
+
+def peers() -> list[Peer]:
+    """EK-FAC at the final weights with labels sampled from the model, kronfluence's default, and its damping heuristic.
+
+    Both track every layer that they can: Linear layers, and with the rewritten model convolutions too.
     """
-    from curvlinops import EKFACLinearOperator, KFACLinearOperator
-
-    known = {"check_deterministic": False, "num_data": len(data), "num_per_example_loss_terms": 1} if tuned else {}
-    operator = {"kfac": KFACLinearOperator, "ekfac": EKFACLinearOperator}[kind](
-        model.eval(),
-        nn.CrossEntropyLoss(),
-        layer_parameters(model),
-        list(DataLoader(data, batch_size)),
-        fisher_type=fisher_type,
-        separate_weight_and_bias=False,
-        seed=seed,
-        **known,
-    )
-    if kind == "ekfac":
-        operator._maybe_compute_ekfac()
-    else:
-        operator.compute_kronecker_factors()
-    return operator
+    return [
+        _ekfac("kronfluence, EK-FAC, linear layers", lambda model: model),
+        _ekfac("kronfluence, EK-FAC, Conv1d as Conv2d too", with_conv2d),
+    ]
 
 
-def curvlinops_inverse(operator: Any, damping: float) -> Any:
-    """(operator + damping·I)⁻¹, exactly: the same damping for all layers, since curvlinops has no other."""
-    from curvlinops import KFACInverseLinearOperator
+def _ekfac(name: str, prepared: Callable[[nn.Module], nn.Module]) -> Peer:
+    def fitted(trained: Trained, folder: Path) -> Kronfluence:
+        model = trained.copy()
+        model.load_state_dict(dict(trained.checkpoints[-1]))
+        analysis = Kronfluence(prepared(model), folder, padding=trained.train.padding)
+        with torch.random.fork_rng(devices=()):
+            torch.manual_seed(0)
+            analysis.fit("ekfac", dataset(trained.train), batch_size=BATCH)
+        return analysis
 
-    return KFACInverseLinearOperator(operator, damping=damping, use_exact_damping=True)
+    def scores(trained: Trained, queries: Samples, folder: Path) -> Tensor:
+        return fitted(trained, folder).scores(
+            "ekfac",
+            dataset(queries),
+            dataset(trained.train),
+            damping=None,
+            query_batch_size=min(QUERY_BATCH, len(queries)),
+            train_batch_size=BATCH,
+        )
 
+    def self_influence(trained: Trained, folder: Path) -> Tensor:
+        return fitted(trained, folder).self_scores("ekfac", dataset(trained.train), batch_size=BATCH)
 
-def per_sample_gradients(model: nn.Module, data: TensorDataset) -> Tensor:
-    """Gradients (N, P) of each sample's loss with respect to the layers' parameters."""
-    wanted = {id(parameter) for parameter in layer_parameters(model)}
-    parameters = {name: value.detach() for name, value in model.named_parameters() if id(value) in wanted}
-    others = {name: value.detach() for name, value in model.named_parameters() if id(value) not in wanted}
-
-    def loss(own: dict[str, Tensor], inputs: Tensor, label: Tensor) -> Tensor:
-        logits = functional_call(model, {**others, **own}, (inputs.unsqueeze(0),))
-        return F.cross_entropy(logits, label.unsqueeze(0))
-
-    found = vmap(grad(loss), (None, 0, 0))(parameters, *data.tensors)
-    return torch.cat([value.flatten(1) for value in found.values()], 1)
+    return Peer(name, scores, self_influence)

@@ -1,0 +1,175 @@
+"""The methods of the scoreboard, ours and the peers', each with what it takes beside the plain training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from functools import partial
+from io import StringIO
+from pathlib import Path
+
+from lightning.pytorch import Callback
+from torch import Tensor
+
+from lightning_influence import (
+    CurvatureSnapshot,
+    FactorProjection,
+    GradientSnapshot,
+    InfluenceFunction,
+    ProjectedGram,
+    TracIn,
+    TracInLast,
+    TracInWE,
+)
+from recipes.benchmarks.measuring import Clocked, cpu_seconds
+from recipes.benchmarks.peers.all import peers
+from recipes.benchmarks.peers.asked import Peer, Trained
+from recipes.deletions.fitting import Explained, SetUp, fitted
+from recipes.deletions.methods import gradient_cosine, methods
+from recipes.truths.retraining import Samples
+
+BASELINES = (
+    "random",
+    "BM25, signed by the label",
+    "tf-idf, signed by the label",
+    "embedding cosine, signed by the label",
+)
+Scores = Callable[[Explained, int], Tensor]  # a fit and how many of its questions -> what is asked for
+Stores = Callable[[SetUp, Path], Sequence[Clocked]]  # a set-up and the folder of its store -> callbacks
+
+
+class _Gradients(Clocked, GradientSnapshot):
+    """The callback, with the CPU seconds of its hooks."""
+
+
+class _Curvature(Clocked, CurvatureSnapshot):
+    """The callback, with the CPU seconds of its hooks."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a method says.
+
+    Args:
+        values: scores (Q, N), positive for proponents; or self-influence (N,).
+        seconds: CPU seconds of all that the plain training would not have needed.
+        size: bytes that are kept on disk for it.
+    """
+
+    values: Tensor
+    seconds: float
+    size: int
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A method.
+
+    Args:
+        name: of it.
+        scores: (Q, N) of all questions of a set-up, trained with a seed; what it keeps goes into an empty folder.
+        self_influence: (N,) of the training texts; None where the method has none.
+    """
+
+    name: str
+    scores: Callable[[SetUp, int, Path], Answer]
+    self_influence: Callable[[SetUp, int, Path], Answer] | None = None
+
+
+def contestants() -> list[Contestant]:
+    """Ours, the baselines and the peers."""
+    words, everything = partial(_gradients, "word_embeddings"), partial(_gradients, "all")
+    last = partial(InfluenceFunction, parameters="head.*")
+    known = {method.name: method.scores for method in methods()}
+    return [
+        _ours("TracIn-WE", words, TracInWE),
+        _ours("TracIn-Last", partial(_gradients, "last_layer"), TracInLast),
+        _ours("TracIn, all layers", everything, TracIn),
+        _ours("influence function, last layer", _curvature, last),
+        _ours("influence function, EK-FAC", _curvature, InfluenceFunction),
+        _ours("projected to rank 16 (LoGra)", _projected, partial(InfluenceFunction, ProjectedGram())),
+        _ours("gradient dot product", _last_gradients, TracIn),
+        Contestant("gradient cosine", partial(_scored, "final", _last_gradients, gradient_cosine)),
+        *(Contestant(name, partial(_without_store, words, known[name])) for name in BASELINES),
+        *map(_peer, peers()),
+    ]
+
+
+def _gradients(parameters: str, set_up: SetUp, folder: Path) -> list[Clocked]:
+    return [_Gradients(folder, parameters, every_n_epochs=set_up.every_n_epochs)]
+
+
+def _last_gradients(set_up: SetUp, folder: Path) -> list[Clocked]:
+    return [_Gradients(folder, "all", every_n_epochs=set_up.recipe.epochs)]
+
+
+def _curvature(set_up: SetUp, folder: Path) -> list[Clocked]:
+    return [*_last_gradients(set_up, folder), _Curvature(folder, "ekfac")]
+
+
+def _projected(set_up: SetUp, folder: Path) -> list[Clocked]:
+    return [_Gradients(folder, "all", every_n_epochs=set_up.recipe.epochs, projection=FactorProjection(16))]
+
+
+def _ours(name: str, stores: Stores, estimator: Callable[[], TracIn | InfluenceFunction]) -> Contestant:
+    def scores(fit: Explained, count: int) -> Tensor:
+        return fit.scores("final", estimator(), count)
+
+    def self_influence(fit: Explained, _: int) -> Tensor:
+        return fit.ask("final", estimator()).self_influence()
+
+    return Contestant(
+        name, partial(_scored, "final", stores, scores), partial(_scored, "final", stores, self_influence)
+    )
+
+
+def _scored(kind: str, stores: Stores, scores: Scores, set_up: SetUp, seed: int, folder: Path) -> Answer:
+    """What a method says after a fit with its own callbacks; the weights are the same with all of them."""
+    clocked = stores(set_up, folder / kind)
+    callbacks = [callback for callback in clocked if isinstance(callback, Callback)]
+    fit = fitted(set_up, seed, folder, callbacks)
+    began = cpu_seconds()
+    values = scores(fit, len(set_up.positions))
+    seconds = cpu_seconds() - began + sum(callback.seconds for callback in clocked)
+    return Answer(values.detach(), seconds, size_of(folder))
+
+
+def _without_store(stores: Stores, scores: Scores, set_up: SetUp, seed: int, folder: Path) -> Answer:
+    """What a method says that compares inputs alone: the store is asked for the order of the training texts only."""
+    fit = fitted(set_up, seed, folder, [c for c in stores(set_up, folder / "ends") if isinstance(c, Callback)])
+    began = cpu_seconds()
+    values = scores(fit, len(set_up.positions))
+    return Answer(values.detach(), cpu_seconds() - began, 0)
+
+
+def _peer(peer: Peer) -> Contestant:
+    def ask(answer: Callable[[Trained, Samples, Path], Tensor], set_up: SetUp, seed: int, folder: Path) -> Answer:
+        trained, queries = _trained(set_up, seed, folder / "plain")
+        (folder / "peer").mkdir()
+        began = cpu_seconds()
+        with redirect_stderr(StringIO()):  # bars for every batch
+            values = answer(trained, queries, folder / "peer")
+        return Answer(values.detach(), cpu_seconds() - began, size_of(folder / "peer"))
+
+    own = peer.self_influence
+    if own is None:
+        return Contestant(peer.name, partial(ask, peer.scores))
+    hunted: Callable[[Trained, Samples, Path], Tensor] = lambda trained, _, folder: own(trained, folder)  # noqa: E731
+    return Contestant(peer.name, partial(ask, peer.scores), partial(ask, hunted))
+
+
+def _trained(set_up: SetUp, seed: int, folder: Path) -> tuple[Trained, Samples]:
+    """The very training that our callbacks saw: weights and learning rates of the checkpoints; and the questions."""
+    callback = GradientSnapshot(folder / "ends", "last_layer", every_n_epochs=set_up.every_n_epochs)
+    fit = fitted(set_up, seed, folder, [callback])
+    store = fit.ask("ends", TracInLast()).store
+    checkpoints = store.checkpoints()
+    weights = [store.weights(checkpoint) for checkpoint in checkpoints]
+    rates = [set_up.recipe.learning_rate] * len(checkpoints)
+    return Trained(fit.module, weights, rates, set_up.texts.train), fit.queries
+
+
+def size_of(folder: Path) -> int:
+    """Bytes of all files below a folder."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
