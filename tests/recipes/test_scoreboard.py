@@ -55,7 +55,7 @@ def test_the_table(some: list[Contestant], tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(sys, "argv", arguments)
     scoreboard.main()
     lines = {cells[0].strip(): [c.strip() for c in cells[1:]] for cells in _cells(out.read_text())}
-    assert list(lines)[2:-1] == [contestant.name for contestant in some]
+    assert list(lines)[3:-1] == [contestant.name for contestant in some]
     for name in ("TracIn-WE", "influence function, EK-FAC", "projected to rank 16 (LoGra)"):
         lds, deleted, auc, seconds, megabytes = lines[name]
         assert "[" in lds and "[" in deleted and 0 <= float(auc) <= 1 and float(seconds) > 0, name
