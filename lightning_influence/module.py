@@ -60,7 +60,8 @@ class InfluenceModule(Questions, LightningModule):
         store: folder of the artifacts, or an open store.
         estimator: how to score; any `Attributor`.
         measurement: what the query's influence is on (see `objective.query_objective`); default: the module's
-            `measurement(batch)`, else its training loss. `"predicted_class"` for queries without labels.
+            `measurement(batch)`, else its training loss. `"predicted_class"` for queries without labels: the loss of
+            the class that the fitted model, at the last checkpoint, predicts; at every checkpoint of that class.
         k: proponents and opponents for each query.
         train_loader: the training data, for attributors that look at samples; checked against the store.
         per_sample_loss: (module, batch) -> (N,), if the fit was given one.

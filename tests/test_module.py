@@ -374,19 +374,22 @@ class Unlabelled(Classifier):
 
 def test_queries_without_labels(tmp_path):
     module = classifier(kind=Unlabelled)
-    store = store_of(tmp_path / "s", module)
+    store = store_of(tmp_path / "s", module, states=trajectory(module, 3, scale=2.0))
     influence = InfluenceModule(module, store, TracIn(), measurement="predicted_class")
     batch = batch_of(ASKED)
     unlabelled = {"tokens": batch["tokens"]}
-    predicted = torch.zeros(11, len(TRAIN), dtype=torch.float64)
-    for checkpoint in store.checkpoints():  # each checkpoint's own prediction
+    said = []
+    for checkpoint in store.checkpoints():
         copied = copy.deepcopy(module)
         copied.load_state_dict(store.weights(checkpoint))
-        label = copied.eval()(batch).argmax(1)
-        only = [c for c in store.checkpoints() if c != checkpoint]
-        predicted += InfluenceModule(module, store, Without(only)).scores({**batch, "label": label})
+        said.append(copied.eval()(batch).argmax(1))
+    assert not torch.equal(said[0], said[-1])  # some queries were taken for another class at first
+    labelled = {**batch, "label": said[-1]}  # the fitted model's prediction is what is asked about, everywhere
+    plain = InfluenceModule(module, store, TracIn())
+    predicted = plain.scores(labelled)
     for asked in (batch, unlabelled):
         torch.testing.assert_close(influence.scores(asked), predicted, rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(influence.measure(asked), plain.measure(labelled), rtol=1e-10, atol=1e-14)
     for measurement in (None, "loss", "margin"):
         with pytest.raises(QueryError, match="KeyError: 'label'") as refused:
             InfluenceModule(module, store, TracIn(), measurement=measurement).scores(unlabelled)

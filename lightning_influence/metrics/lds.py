@@ -183,10 +183,22 @@ def _per_query(scores: Tensor, subsets: Sequence[Tensor] | Tensor, measurements:
             found=f"{found[0]} subsets and {found[1]} queries",
             hint="subsets, queries and measurements come from the same retraining, in the same order",
         )
-    predicted, rounding = _predicted(scores, subsets)
-    spread = predicted.amax(0) - predicted.amin(0)
-    predicted = torch.where(spread > rounding, predicted, predicted[:1])  # sums that differ by rounding are equal
-    return spearman(predicted, -measurements.mean(1).to(predicted.device))
+    places = _places(*_predicted(scores, subsets))
+    return spearman(places, -measurements.mean(1).to(places.device))
+
+
+def _places(sums: Tensor, rounding: Tensor) -> Tensor:
+    """The places (S, Q) of sums (S, Q) in their order, from 0; sums that rounding alone tells apart (Q,) share one.
+
+    Sparse scores give many subsets the same sum, which is added up in another order each time.
+
+    >>> _places(torch.tensor([[0.3], [0.1], [0.3 + 1e-9], [0.2]], dtype=torch.float64), torch.tensor([1e-8])).flatten()
+    tensor([2., 0., 2., 1.], dtype=torch.float64)
+    """
+    ordered, order = sums.sort(dim=0)
+    steps = (ordered.diff(dim=0) > rounding).double().cumsum(0)
+    steps = torch.cat([torch.zeros_like(steps[:1]), steps])
+    return torch.zeros_like(steps).scatter(0, order, steps)
 
 
 def _predicted(scores: Tensor, subsets: Sequence[Tensor] | Tensor) -> tuple[Tensor, Tensor]:

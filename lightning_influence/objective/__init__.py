@@ -9,7 +9,7 @@ losses, margins and probabilities, and the measurements of a query. A LightningM
 from __future__ import annotations
 
 from lightning_influence.objective.labels import Labels, label_objectives
-from lightning_influence.objective.loss_call import LossCall, LossWatch
+from lightning_influence.objective.loss_call import LossCall, LossWatch, Predictions
 from lightning_influence.objective.measurement import Measurement, MeasurementName, query_objective
 from lightning_influence.objective.training import (
     Objective,
@@ -28,6 +28,7 @@ __all__ = [
     "MeasurementName",
     "Objective",
     "PerSample",
+    "Predictions",
     "Reduction",
     "batch_scale",
     "label_objectives",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -149,20 +149,40 @@ class LossCall:
         return None
 
 
+@dataclass
+class Predictions:
+    """The classes that a model predicts for one batch: those of the weights that were asked first, for all that follow.
+
+    A query has one predicted class. At the weights of an earlier checkpoint the model may have said another; its
+    gradient there is still that of the class in question.
+    """
+
+    classes: dict[str, Tensor] = field(default_factory=dict)
+
+    def pinned(self, where: str, found: Tensor) -> Tensor:
+        """What was predicted first.
+
+        Args:
+            where: what predicts; a batch may be classified more than once.
+            found: what is predicted now.
+        """
+        return self.classes.setdefault(where, found).to(found.device)
+
+
 class LossWatch(TorchFunctionMode):
     """Keeps every watched loss call that something can be learnt from; inside a call nothing nested is seen.
 
     Calls that carry no gradient (a metric on detached values) are passed over.
 
     Args:
-        predicted: replace hard targets by the model's own prediction before the loss is computed, so that the loss
-            measured is that of the predicted class whatever the label says.
+        predictions: replace hard targets by these before the loss is computed, so that the loss measured is that of the
+            predicted class whatever the label says.
     """
 
-    def __init__(self, *, predicted: bool = False) -> None:
+    def __init__(self, predictions: Predictions | None = None) -> None:
         super().__init__()
         self.calls: list[LossCall] = []
-        self._predicted, self._depth = predicted, depth()
+        self._predictions, self._depth = predictions, depth()
 
     @property
     def only(self) -> LossCall | None:
@@ -179,8 +199,9 @@ class LossWatch(TorchFunctionMode):
         bound.apply_defaults()
         arguments = {**bound.arguments, "reduction": _reduction(bound.arguments)}
         arguments.pop("size_average", None), arguments.pop("reduce", None)
-        if self._predicted and arguments["input"].requires_grad:
-            arguments["target"] = _prediction(name, arguments)
+        if self._predictions is not None and arguments["input"].requires_grad:
+            said = self._predictions.pinned(f"loss call {len(self.calls)}", _prediction(name, arguments))
+            arguments["target"] = said
         output = func(**arguments)
         if output.requires_grad:
             self.calls.append(LossCall(name, arguments, output))

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from torch import Tensor
 
 from lightning_influence.errors import LossError
-from lightning_influence.objective.loss_call import LossCall, LossWatch
+from lightning_influence.objective.loss_call import LossCall, LossWatch, Predictions
 from lightning_influence.objective.training import (
     Objective,
     PerSample,
@@ -28,14 +28,21 @@ Measurement: TypeAlias = MeasurementName | PerSample
 
 
 def query_objective(
-    module: LightningModule, batch: Any, num_samples: int, measurement: Measurement | None, **options: Any
+    module: LightningModule,
+    batch: Any,
+    num_samples: int,
+    measurement: Measurement | None,
+    *,
+    predictions: Predictions | None = None,
+    **options: Any,
 ) -> Objective:
     """The measurement m of every query in a batch, summed, ready to be differentiated per sample; lower is better.
 
     `None` asks the module's own `measurement(batch) -> (N,)` where it has one and is `"loss"` otherwise. By name, with
     z the logits, y the label: `"loss"` l; `"margin"` max_{j != y} z_j - z_y; `"log_odds"` -log(p_y / (1 - p_y))
     (TRAK); `"probability"` -p_y; `"predicted_class"` the loss towards the class the model predicts, for queries
-    without a label. A callable (module, batch) -> (N,) is taken as it is. `options` are those of `training_objective`.
+    without a label. `predictions` of this batch say which class that is; at first they are the model's own, and kept.
+    A callable (module, batch) -> (N,) is taken as it is. `options` are those of `training_objective`.
 
     Raises:
         LossError: the measurement needs a classifier and this module's loss is none, or a label is missing.
@@ -48,7 +55,7 @@ def query_objective(
     if measurement in (None, "loss"):
         return training_objective(module, batch, num_samples, **options)
     if measurement == "predicted_class":
-        return _predicted_class(module, batch, num_samples)
+        return _predicted_class(module, batch, num_samples, predictions or Predictions())
     if measurement not in ("margin", "log_odds", "probability"):
         raise LossError(
             "unknown measurement",
@@ -93,13 +100,14 @@ def _classifier(calls: list[LossCall], num_samples: int, measurement: str) -> tu
     return z, y
 
 
-def _predicted_class(module: LightningModule, batch: Any, num_samples: int) -> Objective:
+def _predicted_class(module: LightningModule, batch: Any, num_samples: int, predictions: Predictions) -> Objective:
     """Loss towards the predicted class: by `predictive_distribution`, else `training_step`, else `predict_step`."""
     distribution = getattr(module, "predictive_distribution", None)
     if callable(distribution):
         predictive = distribution(batch)
-        return _of(-predictive.log_prob(predictive.mode.detach()), num_samples, "predictive_distribution")
-    watch = LossWatch(predicted=True)
+        mode = predictions.pinned("predictive_distribution", predictive.mode.detach())
+        return _of(-predictive.log_prob(mode), num_samples, "predictive_distribution")
+    watch = LossWatch(predictions)
     try:
         with watch:
             run_training_step(module, batch)
@@ -114,7 +122,8 @@ def _predicted_class(module: LightningModule, batch: Any, num_samples: int) -> O
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     is_distribution = bool((z >= 0).all()) and torch.allclose(z.sum(1), torch.ones_like(z[:, 0]), atol=1e-4)
     log_probabilities = z.log() if is_distribution else z.log_softmax(1)
-    return _of(-log_probabilities.gather(1, z.detach().argmax(1, keepdim=True)).squeeze(1), num_samples, "predict_step")
+    said = predictions.pinned("predict_step", z.detach().argmax(1, keepdim=True))
+    return _of(-log_probabilities.gather(1, said).squeeze(1), num_samples, "predict_step")
 
 
 def _prediction(module: LightningModule, batch: Any) -> Any:

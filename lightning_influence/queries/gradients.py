@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -17,11 +18,34 @@ from lightning_influence.estimators.estimator import Queries, Stage
 from lightning_influence.estimators.tracin import look_ups
 from lightning_influence.fitted import check_model
 from lightning_influence.gradients import GradientBlock, GradientCapture, Gradients, Selection, cat, select
-from lightning_influence.objective import Measurement, Objective, query_objective
+from lightning_influence.objective import Measurement, Objective, Predictions, query_objective
 from lightning_influence.queries.batches import Carried, laid_aside, num_queries
 from lightning_influence.replay import isolated, sample_gradients, to_device
 
 _UNLABELLED = (KeyError, IndexError, AttributeError, TypeError, ValueError)  # what a training_step raises then
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """The queries of one call, and what the fitted model predicts of them once that has been asked.
+
+    Attributes:
+        batches: of queries.
+        sizes: queries of each batch.
+        trainer: that asks, if there is one.
+    """
+
+    batches: Sequence[Any]
+    sizes: Sequence[int]
+    trainer: Trainer | None
+
+    @cached_property
+    def predictions(self) -> list[Predictions]:
+        """Of each batch, empty at first."""
+        return [Predictions() for _ in self.sizes]
+
+    def __iter__(self) -> Iterator[tuple[Any, int, Predictions]]:
+        yield from zip(self.batches, self.sizes, self.predictions, strict=True)
 
 
 @dataclass(frozen=True)
@@ -43,9 +67,9 @@ class QueryGradients:
         if sizes is None:
             sizes, trainer = [num_queries(batch) for batch in batches], None
             batches = [laid_aside(to_device(batch, module, None)) for batch in batches]
-        placed = Carried(batches, module)
+        asked = _Asked(Carried(batches, module), sizes, trainer)
         return Queries(
-            placed, sizes, lambda at, names: self._at(at, names, placed, sizes, trainer, lambda parts: cat(list(parts)))
+            asked.batches, sizes, lambda at, names: self._at(at, names, asked, lambda parts: cat(list(parts)))
         )
 
     def together(self, batches: Sequence[Any]) -> Queries:
@@ -57,19 +81,16 @@ class QueryGradients:
         if not batches:
             raise QueryError("there are no queries", expected="one batch or more", found=0, hint="look at the loader")
         every = self.of(batches, None, None)
-        return Queries(
-            every.batches, [1], lambda at, names: self._at(at, names, every.batches, every.sizes, None, _summed)
-        )
+        asked = _Asked(every.batches, every.sizes, None)
+        return Queries(every.batches, [1], lambda at, names: self._at(at, names, asked, _summed))
 
     def measured(self, module: LightningModule, batches: Sequence[Any]) -> Tensor:
         """The measurement of each query, (Q,), at the weights that a module has now."""
-        found = []
-        with isolated(module) as manual_losses:
-            options = self._loss_options(manual_losses)
-            for batch in batches:
-                placed = to_device(batch, module, None)
-                found.append(self._objective(module, placed, num_queries(batch), options).each().detach())
-        return torch.cat(found)
+        placed = [to_device(batch, module, None) for batch in batches]
+        asked = _Asked(placed, [num_queries(batch) for batch in batches], None)
+        if self.measurement == "predicted_class":
+            self._predict(asked)
+        return torch.cat([objective.each().detach() for objective in self._objectives(module, asked)])
 
     def selection(self, names: Collection[str]) -> Selection:
         """The parameters as the fit selected them: of tied embeddings it may have taken the look-ups alone."""
@@ -81,34 +102,50 @@ class QueryGradients:
         self,
         at: Checkpoint,
         names: Collection[str],
-        batches: Sequence[Any],
-        sizes: Sequence[int],
-        trainer: Trainer | None,
+        asked: _Asked,
         merged: Callable[[Iterator[Gradients]], Gradients],
     ) -> Gradients:
         """Per-query gradients of the measurement at the weights of a checkpoint, those of all batches `merged`."""
-        capture = GradientCapture(self.selection(names))
+        if self.measurement == "predicted_class" and at != self.stage.checkpoints[-1]:
+            self._predict(asked)
+        capture, trainer = GradientCapture(self.selection(names)), asked.trainer
         hidden = trainer is not None and not trainer.is_global_zero
-        bar = tqdm(total=sum(sizes), desc="query gradients", unit="query", delay=2.0, leave=False, disable=hidden)
+        bar = tqdm(total=sum(asked.sizes), desc="query gradients", unit="query", delay=2.0, leave=False, disable=hidden)
         with self.stage.at(at) as module, isolated(module, trainer) as manual_losses, bar:
             options = self._loss_options(manual_losses)
 
             def parts() -> Iterator[Gradients]:
-                for batch, size in zip(batches, sizes, strict=True):
+                for batch, size, said in asked:
 
-                    def objective(batch: Any = batch, size: int = size) -> Any:
-                        return self._objective(module, batch, size, options)
+                    def objective(batch: Any = batch, size: int = size, said: Predictions = said) -> Any:
+                        return self._objective(module, batch, size, said, options)
 
                     yield sample_gradients(module, capture, size, objective, trainer)[0]
                     bar.update(size)
 
             return merged(parts())
 
-    def _objective(self, module: LightningModule, batch: Any, size: int, options: dict[str, Any]) -> Objective:
+    def _predict(self, asked: _Asked) -> None:
+        """Note which classes the fitted model predicts, that of the last checkpoint, unless they are known already."""
+        if not all(said.classes for said in asked.predictions):
+            with self.stage.at(self.stage.checkpoints[-1]) as module:
+                for _ in self._objectives(module, asked):
+                    pass
+
+    def _objectives(self, module: LightningModule, asked: _Asked) -> Iterator[Objective]:
+        """The measurements of each batch at the weights that a module has now."""
+        with isolated(module, asked.trainer) as manual_losses:
+            options = self._loss_options(manual_losses)
+            for batch, size, said in asked:
+                yield self._objective(module, batch, size, said, options)
+
+    def _objective(
+        self, module: LightningModule, batch: Any, size: int, said: Predictions, options: dict[str, Any]
+    ) -> Objective:
         own = callable(self.measurement) or self.measurement == "predicted_class"
         own = own or (self.measurement is None and callable(getattr(module, "measurement", None)))
         try:
-            return query_objective(module, batch, size, self.measurement, **options)
+            return query_objective(module, batch, size, self.measurement, predictions=said, **options)
         except _UNLABELLED as error:
             if own:
                 raise

@@ -191,3 +191,17 @@ def test_the_picture_has_a_dot_an_interval_and_the_ceiling(pyplot: object) -> No
     assert len(ax.lines) == 3 and ax.lines[1].get_ydata()[0] == metric.compute().score.mean
     _, ax = metric.plot({"one": metric.compute(), "two": metric.compute()})
     assert len(ax.lines) == 5 and [label.get_text() for label in ax.get_xticklabels()] == ["one", "two"]
+
+
+def test_sums_that_rounding_tells_apart_are_ties() -> None:
+    generator = torch.Generator().manual_seed(5)
+    whole = torch.zeros(6, 40, dtype=torch.float64)
+    whole[:, :5] = torch.randint(1, 4, (6, 5), generator=generator).double()  # few different sums, exact
+    whole = whole[:, torch.randperm(40, generator=generator)]
+    subsets = [torch.randperm(40, generator=generator)[:20] for _ in range(30)]  # each adds up in its own order
+    measurements = torch.randn(30, 1, 6, generator=generator)
+    rounded = torch.stack([(whole / 10)[:, subset].sum(1) for subset in subsets])
+    exact = torch.stack([whole[:, subset].sum(1) for subset in subsets])
+    assert len(rounded[:, 0].unique()) > len(exact[:, 0].unique())  # rounding does tell some apart here
+    expected = linear_datamodeling_score(whole, subsets, measurements).per_query
+    torch.testing.assert_close(linear_datamodeling_score(whole / 10, subsets, measurements).per_query, expected)
