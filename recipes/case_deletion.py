@@ -77,7 +77,7 @@ def set_up_of(config: Any) -> SetUp:
 def experiment(config: Any, set_up: SetUp, cache: str) -> Found:
     """Fit, rank and delete, seed after seed."""
     found, truths, sizes = Found(), Truths(cache, config.at_once), list(config.sizes)
-    _check(config, set_up)
+    check(config, set_up)
     listed = methods(config.frequent)
     for seed in config.seeds:
         first = seed == config.seeds[0]
@@ -97,7 +97,7 @@ def experiment(config: Any, set_up: SetUp, cache: str) -> Found:
     return found
 
 
-def _check(config: Any, set_up: SetUp) -> None:
+def check(config: Any, set_up: SetUp) -> None:
     """Refuse what could not be judged in the end, before anything is trained."""
     count, asked = len(set_up.texts.train), len(set_up.positions)
     sizes = list(config.sizes)
@@ -174,7 +174,8 @@ def remarks(config: Any, set_up: SetUp, found: Found, seconds: float) -> str:
         f"points and seeds; the others: the first {config.few_points} points and the first seed; words: the first "
         f"{config.word_points}, k words instead of texts. Random: eight rankings, which the points take in turn, so "
         "that its interval is rather narrow. “Signed by the label”: positive where the training text has the predicted "
-        "class as its label, negative otherwise. “s”: seconds for the scores of the first seed's points. "
+        "class as its label, negative otherwise. “s”: seconds for the scores of the first "
+        "seed's points, as many as the method is asked about. "
         f"The whole run: {seconds / 60:.0f} minutes, less where truths were known already."
     )
 

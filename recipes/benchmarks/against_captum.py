@@ -28,7 +28,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `recipes` is found however this is started
 from lightning_influence import ArtifactStore, GradientSnapshot, InfluenceModule, TracInWE
-from recipes.benchmarks.measuring import Clocked, interleaved, report, timed
+from recipes.benchmarks.measuring import ClockedGradients, interleaved, report, timed
 
 VOCABULARY, LENGTH, WIDTH, BATCH, EPOCHS, RATE = 2000, 32, 64, 50, 3, 0.1
 SAMPLES, QUERIES = 1000, 50
@@ -54,10 +54,6 @@ class Classifier(LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=RATE)
-
-
-class ClockedSnapshot(Clocked, GradientSnapshot):
-    """The callback, with the CPU seconds of all its hooks."""
 
 
 def texts(count: int, seed: int) -> TensorDataset:
@@ -133,7 +129,7 @@ def main() -> None:
 
         def everything() -> float:
             with tempfile.TemporaryDirectory() as fresh:
-                clock = ClockedSnapshot(fresh + "/store")
+                clock = ClockedGradients(fresh + "/store")
                 fitted = fit(data, clock)
                 asked = InfluenceModule(fitted, fresh + "/store", TracInWE())
                 return clock.seconds + timed(lambda: asked.scores(queries.tensors))

@@ -13,38 +13,28 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 from lightning_influence import (
-    CurvatureSnapshot,
     FactorProjection,
     GradientSnapshot,
     InfluenceFunction,
     ProjectedGram,
+    Random,
     TracIn,
     TracInLast,
     TracInWE,
 )
-from recipes.benchmarks.measuring import Clocked, cpu_seconds
+from recipes.benchmarks.measuring import Clocked, ClockedCurvature, ClockedGradients, cpu_seconds
 from recipes.benchmarks.peers.all import peers
 from recipes.benchmarks.peers.asked import Peer, Trained
 from recipes.deletions.fitting import Explained, SetUp, fitted
-from recipes.deletions.methods import gradient_cosine, methods
+from recipes.deletions.methods import Scorer, gradient_cosine, methods
 from recipes.truths.retraining import Samples
 
 BASELINES = (
-    "random",
     "BM25, signed by the label",
     "tf-idf, signed by the label",
     "embedding cosine, signed by the label",
 )
-Scores = Callable[[Explained, int], Tensor]  # a fit and how many of its questions -> what is asked for
 Stores = Callable[[SetUp, Path], Sequence[Clocked]]  # a set-up and the folder of its store -> callbacks
-
-
-class _Gradients(Clocked, GradientSnapshot):
-    """The callback, with the CPU seconds of its hooks."""
-
-
-class _Curvature(Clocked, CurvatureSnapshot):
-    """The callback, with the CPU seconds of its hooks."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ class Answer:
     Args:
         values: scores (Q, N), positive for proponents; or self-influence (N,).
         seconds: CPU seconds of all that the plain training would not have needed.
-        size: bytes that are kept on disk for it.
+        size: bytes that are kept on disk for it, beside the weights of checkpoints.
     """
 
     values: Tensor
@@ -80,36 +70,37 @@ class Contestant:
 def contestants() -> list[Contestant]:
     """Ours, the baselines and the peers."""
     words, everything = partial(_gradients, "word_embeddings"), partial(_gradients, "all")
-    last = partial(InfluenceFunction, parameters="head.*")
+    final, last = partial(_final, "all"), partial(InfluenceFunction, parameters="head.*")
     known = {method.name: method.scores for method in methods()}
     return [
         _ours("TracIn-WE", words, TracInWE),
         _ours("TracIn-Last", partial(_gradients, "last_layer"), TracInLast),
         _ours("TracIn, all layers", everything, TracIn),
-        _ours("influence function, last layer", _curvature, last),
-        _ours("influence function, EK-FAC", _curvature, InfluenceFunction),
+        _ours("influence function, last layer", partial(_curvature, "last_layer"), last),
+        _ours("influence function, EK-FAC", partial(_curvature, "all"), InfluenceFunction),
         _ours("projected to rank 16 (LoGra)", _projected, partial(InfluenceFunction, ProjectedGram())),
-        _ours("gradient dot product", _last_gradients, TracIn),
-        Contestant("gradient cosine", partial(_scored, "final", _last_gradients, gradient_cosine)),
+        _ours("gradient dot product", final, TracIn),
+        Contestant("gradient cosine", partial(_scored, "final", final, gradient_cosine)),
+        Contestant("random", partial(_without_store, words, _random)),
         *(Contestant(name, partial(_without_store, words, known[name])) for name in BASELINES),
         *map(_peer, peers()),
     ]
 
 
 def _gradients(parameters: str, set_up: SetUp, folder: Path) -> list[Clocked]:
-    return [_Gradients(folder, parameters, every_n_epochs=set_up.every_n_epochs)]
+    return [ClockedGradients(folder, parameters, every_n_epochs=set_up.every_n_epochs)]
 
 
-def _last_gradients(set_up: SetUp, folder: Path) -> list[Clocked]:
-    return [_Gradients(folder, "all", every_n_epochs=set_up.recipe.epochs)]
+def _final(parameters: str, set_up: SetUp, folder: Path) -> list[Clocked]:
+    return [ClockedGradients(folder, parameters, every_n_epochs=set_up.recipe.epochs)]
 
 
-def _curvature(set_up: SetUp, folder: Path) -> list[Clocked]:
-    return [*_last_gradients(set_up, folder), _Curvature(folder, "ekfac")]
+def _curvature(parameters: str, set_up: SetUp, folder: Path) -> list[Clocked]:
+    return [*_final(parameters, set_up, folder), ClockedCurvature(folder, "ekfac", parameters=parameters)]
 
 
 def _projected(set_up: SetUp, folder: Path) -> list[Clocked]:
-    return [_Gradients(folder, "all", every_n_epochs=set_up.recipe.epochs, projection=FactorProjection(16))]
+    return [ClockedGradients(folder, "all", every_n_epochs=set_up.recipe.epochs, projection=FactorProjection(16))]
 
 
 def _ours(name: str, stores: Stores, estimator: Callable[[], TracIn | InfluenceFunction]) -> Contestant:
@@ -124,7 +115,7 @@ def _ours(name: str, stores: Stores, estimator: Callable[[], TracIn | InfluenceF
     )
 
 
-def _scored(kind: str, stores: Stores, scores: Scores, set_up: SetUp, seed: int, folder: Path) -> Answer:
+def _scored(kind: str, stores: Stores, scores: Scorer, set_up: SetUp, seed: int, folder: Path) -> Answer:
     """What a method says after a fit with its own callbacks; the weights are the same with all of them."""
     clocked = stores(set_up, folder / kind)
     callbacks = [callback for callback in clocked if isinstance(callback, Callback)]
@@ -135,7 +126,7 @@ def _scored(kind: str, stores: Stores, scores: Scores, set_up: SetUp, seed: int,
     return Answer(values.detach(), seconds, size_of(folder))
 
 
-def _without_store(stores: Stores, scores: Scores, set_up: SetUp, seed: int, folder: Path) -> Answer:
+def _without_store(stores: Stores, scores: Scorer, set_up: SetUp, seed: int, folder: Path) -> Answer:
     """What a method says that compares inputs alone: the store is asked for the order of the training texts only."""
     fit = fitted(set_up, seed, folder, [c for c in stores(set_up, folder / "ends") if isinstance(c, Callback)])
     began = cpu_seconds()
@@ -152,11 +143,16 @@ def _peer(peer: Peer) -> Contestant:
             values = answer(trained, queries, folder / "peer")
         return Answer(values.detach(), cpu_seconds() - began, size_of(folder / "peer"))
 
-    own = peer.self_influence
-    if own is None:
-        return Contestant(peer.name, partial(ask, peer.scores))
-    hunted: Callable[[Trained, Samples, Path], Tensor] = lambda trained, _, folder: own(trained, folder)  # noqa: E731
-    return Contestant(peer.name, partial(ask, peer.scores), partial(ask, hunted))
+    def hunted(trained: Trained, _: Samples, folder: Path) -> Tensor:
+        assert peer.self_influence is not None
+        return peer.self_influence(trained, folder)
+
+    hunt = None if peer.self_influence is None else partial(ask, hunted)
+    return Contestant(peer.name, partial(ask, peer.scores), hunt)
+
+
+def _random(fit: Explained, count: int) -> Tensor:
+    return fit.scores("ends", Random(fit.seed), count)
 
 
 def _trained(set_up: SetUp, seed: int, folder: Path) -> tuple[Trained, Samples]:
@@ -171,5 +167,6 @@ def _trained(set_up: SetUp, seed: int, folder: Path) -> tuple[Trained, Samples]:
 
 
 def size_of(folder: Path) -> int:
-    """Bytes of all files below a folder."""
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    """Bytes of all files below a folder but the weights of checkpoints, which every method needs in some form."""
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    return sum(file.stat().st_size for file in files if not file.name.startswith(("weights", "checkpoint-")))

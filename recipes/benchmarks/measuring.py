@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from lightning_influence import CurvatureSnapshot, GradientSnapshot
+
 Row = Mapping[str, str | float | int]
 
 
@@ -60,6 +62,14 @@ class Clocked:
                 self.seconds += cpu_seconds() - start
 
         return clocked
+
+
+class ClockedGradients(Clocked, GradientSnapshot):
+    """The callback, with the CPU seconds of its hooks."""
+
+
+class ClockedCurvature(Clocked, CurvatureSnapshot):
+    """The callback, with the CPU seconds of its hooks."""
 
 
 @dataclass(frozen=True)

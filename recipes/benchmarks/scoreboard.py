@@ -8,10 +8,13 @@ It needs the environment of the peers (README.md here says how); what follows th
 
 - LDS: rank correlation, over random halves of the training set, of the halves' summed scores with the loss of the
   predicted class that the models trained on them have, the mean over three seeds; over all questions.
-- AUC-DEL+: change of the predicted class's probability without the first k proponents, k as in the configuration, of
-  the first questions alone.
+- AUC-DEL+ and AUC-DEL−: change of the predicted class's probability without the first k proponents or opponents, k as
+  in the configuration, of the first questions (`few_points`) alone.
 - AUC of wrong labels: the same training with a tenth of the labels flipped; how well self-influence tells them.
-- CPU seconds and bytes of the answer to all questions, beside the plain training, the callbacks' hooks included.
+- CPU seconds, measured once, of the scores of all questions, beside the plain training, the callbacks' hooks included;
+  and what is kept on disk for them, beside the weights of checkpoints. Dattri keeps everything in memory.
+
+A method that fails is a line of the table with its error, and the others go on.
 """
 
 from __future__ import annotations
@@ -20,19 +23,21 @@ import argparse
 import dataclasses
 import sys
 import tempfile
-import warnings
+import traceback
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `recipes` is found however this is started
 from lightning_influence.metrics import (
+    Deletion,
     QueryMean,
     case_deletion,
     linear_datamodeling_score,
@@ -42,9 +47,9 @@ from lightning_influence.metrics import (
 from recipes import tables
 from recipes.benchmarks.contestants import Answer, Contestant, contestants
 from recipes.benchmarks.measuring import Row, report
-from recipes.case_deletion import set_up_of
+from recipes.case_deletion import check, set_up_of
 from recipes.deletions.deleting import Truths, delete_texts
-from recipes.deletions.fitting import Explained, SetUp, explained
+from recipes.deletions.fitting import Explained, SetUp, fitted
 from recipes.deletions.texts import Texts
 from recipes.hunting import out_of_fold
 from recipes.truths.retraining import random_subsets, retrain
@@ -52,7 +57,8 @@ from recipes.truths.retraining import random_subsets, retrain
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SEED, RETRAINED_SEEDS = 0, (100, 101, 102)
 FLIPPED = 0.1
-Answers = Mapping[str, Answer]
+PEERS = ("kronfluence", "captum", "traker", "dattri")
+Scores = Mapping[str, Tensor]
 
 
 def flipped(config: Any, set_up: SetUp) -> SetUp:
@@ -61,73 +67,105 @@ def flipped(config: Any, set_up: SetUp) -> SetUp:
     return dataclasses.replace(set_up, texts=texts)
 
 
-def ask(which: Sequence[Contestant], set_up: SetUp, hunted: SetUp) -> tuple[Answers, Answers]:
+@dataclass
+class Answers:
+    """What the contestants said, by their names.
+
+    Args:
+        scores: (Q, N) each.
+        suspicion: self-influence (N,) of those that have one.
+        failed: what was raised instead, or is wrong with the scores.
+    """
+
+    scores: dict[str, Answer] = field(default_factory=dict)
+    suspicion: dict[str, Answer] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def finite(self) -> dict[str, Tensor]:
+        """Scores that can be judged."""
+        return {name: a.values.double() for name, a in self.scores.items() if a.values.isfinite().all()}
+
+
+def ask(which: Sequence[Contestant], set_up: SetUp, hunted: SetUp) -> Answers:
     """Scores of all contestants, and the self-influence of those that have one."""
-    scores: dict[str, Answer] = {}
-    suspicion: dict[str, Answer] = {}
+    found = Answers()
     for contestant in which:
-        with tempfile.TemporaryDirectory() as folder:
-            scores[contestant.name] = found = contestant.scores(set_up, SEED, Path(folder))
-        print(f"{contestant.name}: {found.seconds:.1f} s, {found.size / 1e6:.1f} MB", flush=True)
-        if not found.values.isfinite().all():
-            print(f"{contestant.name}: {int((~found.values.isfinite()).sum())} scores are not finite", flush=True)
-        if contestant.self_influence is not None:
+        name = contestant.name
+        kinds = [(contestant.scores, set_up, found.scores), (contestant.self_influence, hunted, found.suspicion)]
+        for answer, asked, kept in kinds:
+            if answer is None:
+                continue
             with tempfile.TemporaryDirectory() as folder:
-                suspicion[contestant.name] = found = contestant.self_influence(hunted, SEED, Path(folder))
-            print(f"{contestant.name}, self-influence: {found.seconds:.1f} s", flush=True)
-    return scores, suspicion
+                try:
+                    kept[name] = own = answer(asked, SEED, Path(folder))
+                except Exception as error:  # another library's; the table says it
+                    traceback.print_exc()
+                    found.failed[name] = type(error).__name__
+                    continue
+            print(f"{name}: {tuple(own.values.shape)}, {own.seconds:.1f} s, {own.size / 1e6:.2f} MB", flush=True)
+            if not own.values.isfinite().all():
+                found.failed[name] = "not finite"
+    return found
 
 
-def lds_of(fit: Explained, answers: Answers, subsets: int, cache: Path) -> tuple[dict[str, QueryMean], QueryMean]:
+def lds_of(fit: Explained, scores: Scores, subsets: int, cache: Path) -> tuple[dict[str, QueryMean], QueryMean]:
     """LDS of every method, and how far the retrained models agree among themselves."""
     train, recipe = fit.set_up.texts.train, fit.set_up.recipe
     halves = random_subsets(len(train), subsets, 0.5, SEED)
     losses = retrain(
         fit.set_up.again, recipe, train, fit.queries, halves, seeds=RETRAINED_SEEDS, cache=cache, at_once=1
     ).losses
-    found = {name: linear_datamodeling_score(a.values.double(), halves, losses) for name, a in answers.items()}
+    found = {name: linear_datamodeling_score(values, halves, losses) for name, values in scores.items()}
     return found, noise_ceiling(losses)
 
 
-def deletion_of(
-    fit: Explained, answers: Answers, points: int, sizes: Sequence[int], cache: Path
-) -> dict[str, QueryMean]:
-    """AUC-DEL+ of every method at the first questions."""
-    orders = {name: a.values[:points].argsort(dim=1, descending=True, stable=True) for name, a in answers.items()}
-    found = {}
-    for name, deleted in delete_texts(fit, orders, sizes, Truths(cache)).items():
-        parts = (part.unsqueeze(0) for part in (deleted.before, deleted.proponents, deleted.opponents))
-        found[name] = case_deletion(sizes, *parts).auc_proponents
-    return found
+def deletion_of(fit: Explained, scores: Scores, points: int, sizes: Sequence[int], cache: Path) -> dict[str, Deletion]:
+    """Deletions at the first questions, by every method whose scores there rank the training texts at all."""
+    first = {name: values[:points] for name, values in scores.items()}
+    ranking = {name: v.argsort(dim=1, descending=True, stable=True) for name, v in first.items() if _ranks(v)}
+    found = delete_texts(fit, ranking, sizes, Truths(cache))
+    return {name: case_deletion(sizes, d.before, d.proponents, d.opponents) for name, d in found.items()}
+
+
+def _ranks(scores: Tensor) -> bool:
+    return bool((scores.amax(1) > scores.amin(1)).all())
 
 
 def auc_of(suspicion: Tensor, wrong: Tensor) -> str:
     """ROC-AUC of a score of suspicion."""
+    if not suspicion.isfinite().all():
+        return "not finite"
     return f"{mislabel_detection(suspicion.double(), wrong).auroc:.3f}"
 
 
 def rows(config: Any, options: argparse.Namespace) -> list[Row]:
     """The table."""
     set_up = set_up_of(config)
+    check(config, set_up)
+    if config.few_points < 1:
+        raise ValueError(
+            f"Expected few_points of at least 1, the questions of the deletions, found {config.few_points}."
+        )
     hunted = flipped(config, set_up)
     wrong = torch.tensor(hunted.texts.data.flipped)
-    scores, suspicion = ask(contestants(), set_up, hunted)
-    judged = {name: answer for name, answer in scores.items() if answer.values.isfinite().all()}
+    which = contestants()
+    answers = ask(which, set_up, hunted)
     with tempfile.TemporaryDirectory() as folder:
-        fit = explained(set_up, SEED, Path(folder))
-        lds, ceiling = lds_of(fit, judged, options.subsets, options.cache)
-        deleted = deletion_of(fit, judged, config.few_points, list(config.sizes), options.cache)
+        fit = fitted(set_up, SEED, Path(folder), [])
+        lds, ceiling = lds_of(fit, answers.finite(), options.subsets, options.cache)
+        deleted = deletion_of(fit, answers.finite(), config.few_points, list(config.sizes), options.cache)
     found: list[Row] = [{"method": "noise ceiling: half of the seeds against the others", "LDS": str(ceiling)}]
-    for name, answer in scores.items():
-        own = suspicion.get(name)
-        found.append({
-            "method": name,
-            "LDS": str(lds.get(name, "scores not finite")),
-            "AUC-DEL+": str(deleted.get(name, "")),
-            "AUC of wrong labels": auc_of(own.values, wrong) if own and own.values.isfinite().all() else "",
-            "CPU s": f"{answer.seconds:.1f}",
-            "MB": f"{answer.size / 1e6:.2f}",
-        })  # fmt: skip
+    for name in (contestant.name for contestant in which):
+        row: dict[str, str] = {"method": name, "LDS": answers.failed.get(name, "")}
+        if name in lds:
+            row["LDS"] = str(lds[name])
+        if name in deleted:
+            row |= {"AUC-DEL+": str(deleted[name].auc_proponents), "AUC-DEL−": str(deleted[name].auc_opponents)}
+        if name in answers.suspicion:
+            row["AUC of wrong labels"] = auc_of(answers.suspicion[name].values, wrong)
+        if name in answers.scores:
+            row |= {"CPU s": f"{answers.scores[name].seconds:.1f}", "MB": f"{answers.scores[name].size / 1e6:.2f}"}
+        found.append(row)
     texts = [text if isinstance(text, str) else " / ".join(text) for text in hunted.texts.data.train_texts]
     doubt = out_of_fold.of_texts(texts, hunted.texts.train.labels, SEED)
     found.append({"method": "out-of-fold logistic regression on tf-idf", "AUC of wrong labels": auc_of(doubt, wrong)})
@@ -142,15 +180,25 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=None, help="write the table as .json or .md")
     parser.add_argument("overrides", nargs="*", help="of configs/case_deletion.yaml")
     options = parser.parse_args()
-    warnings.filterwarnings("ignore")
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
         config = compose("case_deletion", options.overrides)
     config = tables.chosen(config)
-    OmegaConf.set_struct(config, False)
-    report(
-        f"Scoreboard, {config.title}", rows(config, options), options.out,
-        texts=config.points, deletions=config.few_points, subsets=options.subsets,
-    )  # fmt: skip
+    found = rows(config, options)
+    settings = {
+        "training texts": config.data.source.get("train_size", "all"), "questions": config.points,
+        "deletions at": config.few_points, "k": list(config.sizes), "random halves": options.subsets,
+        "seeds of the halves": list(RETRAINED_SEEDS), "seed of the explained model": SEED,
+        **{name: version(name) for name in PEERS if _installed(name)}, "command": " ".join(options.overrides),
+    }  # fmt: skip
+    report(f"Scoreboard, {config.title}", found, options.out, **settings)
+
+
+def _installed(name: str) -> bool:
+    try:
+        version(name)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 if __name__ == "__main__":

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from hydra import compose, initialize_config_dir
+from torch import Tensor, nn
 
 from lightning_influence.metrics import mislabel_detection
 from recipes.benchmarks import contestants as room
@@ -18,52 +22,108 @@ from recipes.truths.retraining import Samples
 
 TINY = [
     "data.source._target_=recipes.data.fewer_texts.FewerTexts", "+data.source.train_size=60",
-    "+data.source.source={_target_: recipes.data.Docstrings}", "recipe.epochs=2", "points=3", "few_points=2",
+    "+data.source.source={_target_: recipes.data.Docstrings}", "recipe.epochs=2", "points=3", "few_points=2", "word_points=0",
     "sizes=[3,9]", "model.embedding_dim=4", "model.channels=[4]",
 ]  # fmt: skip
 
 
-def by_label(trained: Trained, queries: Samples, folder: Path) -> Tensor:
-    """A peer that knows which training texts have the query's label, and keeps ten bytes."""
-    (folder / "kept").write_bytes(bytes(10))
-    assert len(trained.checkpoints) == 2 and trained.learning_rates == [0.1, 0.1]
-    final = trained.model.state_dict()
-    assert all(torch.equal(value, final[name]) for name, value in trained.checkpoints[-1].items())
-    return (queries.labels.unsqueeze(1) == trained.train.labels).float() + torch.arange(60) / 100
+@dataclass
+class MadeUp:
+    """Peers whose place on the board is known; they remember the labels that they have seen."""
+
+    seen: list[Tensor] = field(default_factory=list)
+
+    def by_label(self, trained: Trained, queries: Samples, folder: Path) -> Tensor:
+        """Who has the query's label; it keeps 20,000 bytes, and weights that do not count."""
+        (folder / "kept").write_bytes(bytes(20_000))
+        (folder / "checkpoint-0.pt").write_bytes(bytes(70_000))
+        self.seen.append(trained.train.labels)
+        return (queries.labels.unsqueeze(1) == trained.train.labels).float() + torch.arange(60) / 100
+
+    def against(self, trained: Trained, queries: Samples, folder: Path) -> Tensor:
+        return -self.by_label(trained, queries, folder)
+
+    def tracin_we(self, trained: Trained, queries: Samples, folder: Path) -> Tensor:
+        """TracIn-WE by plain loops, at the checkpoints and towards the class that everybody is asked about."""
+        model, total = trained.copy(), torch.zeros(())
+        for weights in trained.checkpoints:
+            model.load_state_dict(dict(weights))
+            total = total + _word_gradients(model, queries) @ _word_gradients(model, trained.train).t()
+        return total
+
+    def flips(self, trained: Trained, folder: Path) -> Tensor:
+        """Which labels are not those that the scores were asked about."""
+        return (trained.train.labels != self.seen[0]).float()
+
+    def peers(self) -> list[Peer]:
+        def nothing(trained: Trained, queries: Samples, folder: Path) -> Tensor:
+            return torch.full((len(queries), len(trained.train)), torch.nan)
+
+        def constant(trained: Trained, queries: Samples, folder: Path) -> Tensor:
+            return torch.ones(len(queries), len(trained.train))
+
+        def failing(trained: Trained, queries: Samples, folder: Path) -> Tensor:
+            raise ZeroDivisionError
+
+        return [
+            Peer("by label", self.by_label, self.flips),
+            Peer("against", self.against, lambda trained, folder: torch.full((60,), torch.nan)),
+            Peer("plain", self.tracin_we, None),
+            Peer("nan", nothing, None),
+            Peer("constant", constant, None),
+            Peer("failing", failing, None),
+        ]
 
 
-def nothing(trained: Trained, queries: Samples, folder: Path) -> Tensor:
-    return torch.full((len(queries), len(trained.train)), torch.nan)
+def _word_gradients(model: nn.Module, samples: Samples) -> Tensor:
+    """Gradients (N, P) of single texts' losses by the word embeddings, padding's left out."""
+    table = model.get_parameter("embedding.weight")
+    rows = []
+    for tokens, label in zip(samples.inputs, samples.labels, strict=True):
+        loss = F.cross_entropy(model(tokens.unsqueeze(0)), label.unsqueeze(0))
+        rows.append(torch.autograd.grad(loss, table)[0][1:].flatten())
+    return torch.stack(rows)
 
 
 @pytest.fixture
 def some(monkeypatch: pytest.MonkeyPatch) -> list[Contestant]:
-    """Ours, a baseline, and two made-up peers."""
-
-    def self_influence(trained: Trained, folder: Path) -> Tensor:
-        return torch.arange(60.0)
-
-    monkeypatch.setattr(room, "peers", lambda: [Peer("by label", by_label, self_influence), Peer("nan", nothing, None)])
-    wanted = ("TracIn-WE", "influence function, EK-FAC", "projected to rank 16 (LoGra)", "random", "by label", "nan")
+    """Ours, a baseline, and made-up peers."""
+    monkeypatch.setattr(room, "peers", MadeUp().peers)
+    wanted = {"TracIn-WE", "influence function, EK-FAC", "projected to rank 16 (LoGra)", "random"}
+    wanted |= {peer.name for peer in MadeUp().peers()}
     return [contestant for contestant in contestants() if contestant.name in wanted]
 
 
+@pytest.mark.filterwarnings("ignore:The least populated class")
 def test_the_table(some: list[Contestant], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(scoreboard, "contestants", lambda: some)
     out = tmp_path / "board.md"
-    arguments = ["scoreboard.py", "--cache", str(tmp_path / "truths"), "--subsets", "4", "--out", str(out), *TINY]
+    arguments = ["scoreboard.py", "--cache", str(tmp_path / "truths"), "--subsets", "6", "--out", str(out), *TINY]
     monkeypatch.setattr(sys, "argv", arguments)
     scoreboard.main()
     lines = {cells[0].strip(): [c.strip() for c in cells[1:]] for cells in _cells(out.read_text())}
     assert list(lines)[3:-1] == [contestant.name for contestant in some]
     for name in ("TracIn-WE", "influence function, EK-FAC", "projected to rank 16 (LoGra)"):
-        lds, deleted, auc, seconds, megabytes = lines[name]
-        assert "[" in lds and "[" in deleted and 0 <= float(auc) <= 1 and float(seconds) > 0, name
-        assert float(megabytes) > 0, name
-    assert lines["nan"][:3] == ["scores not finite", "", ""]
-    assert lines["random"][2] == "" and lines["random"][4] == "0.00"
-    assert lines["by label"][4] == "0.00" and "[" in lines["by label"][0]
-    assert 0 <= float(lines["out-of-fold logistic regression on tf-idf"][2]) <= 1
+        lds, proponents, opponents, _, seconds, megabytes = lines[name]
+        assert all("[" in cell for cell in (lds, proponents, opponents)), name
+        assert float(seconds) > 0 and float(megabytes) > 0, name
+    assert lines["plain"][:3] == lines["TracIn-WE"][:3]
+    lds = float(lines["by label"][0].split()[0])
+    assert lds > 0.5 and float(lines["against"][0].split()[0]) == pytest.approx(-lds, abs=1e-3)
+    assert lines["by label"][3] == "1.000" and lines["by label"][5] == "0.02"
+    assert lines["against"][3] == "not finite"
+    assert lines["nan"][:3] == ["not finite", "", ""] and lines["failing"][:3] == ["ZeroDivisionError", "", ""]
+    assert lines["constant"][0].startswith("nan") and lines["constant"][1:3] == ["", ""]
+    assert lines["random"][3] == "" and lines["random"][5] == "0.00"
+    assert lines["out-of-fold logistic regression on tf-idf"][3] != ""
+
+
+def test_without_questions_for_deletions_nothing_begins(some: list[Contestant], tmp_path: Path) -> None:
+    with initialize_config_dir(str(scoreboard.CONFIGS), version_base="1.3"):
+        config = compose("case_deletion", [*TINY, "few_points=0"])
+    with pytest.raises(ValueError, match="few_points"):
+        scoreboard.rows(config, argparse.Namespace(cache=tmp_path, subsets=4))
+    assert not list(tmp_path.iterdir())
 
 
 def test_all_methods_have_names_of_their_own() -> None:
@@ -82,8 +142,9 @@ def test_bytes_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     (tmp_path / "a").write_bytes(bytes(3))
     (tmp_path / "below" / "b").write_bytes(bytes(4))
+    (tmp_path / "below" / "weights.safetensors").write_bytes(bytes(100))
     assert size_of(tmp_path) == 7
 
 
 def _cells(table: str) -> list[list[str]]:
-    return [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("|")]
+    return [line[2:-2].split(" | ") for line in table.splitlines() if line.startswith("|")]

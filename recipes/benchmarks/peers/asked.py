@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
@@ -39,6 +40,13 @@ class Trained:
             raise ValueError(
                 f"Expected a learning rate for every checkpoint, and one checkpoint at least, found "
                 f"{len(self.checkpoints)} checkpoints and {len(self.learning_rates)} learning rates."
+            )
+        final = self.model.state_dict()
+        apart = [name for name, value in self.checkpoints[-1].items() if not torch.equal(value, final[name])]
+        if apart:
+            raise ValueError(
+                f"Expected the model's own weights in the last checkpoint, found others in {apart[0]}. "
+                "HINT: let the checkpoints' distance divide the epochs."
             )
 
     def copy(self) -> nn.Module:

@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from recipes.benchmarks.peers.asked import Peer, Trained, dataset, last_layer, word_embedding
+from recipes.benchmarks.peers.asked import Peer, Trained, last_layer, word_embedding
 from recipes.truths.samples import Samples
 
 BATCH, FAST_BATCH = 8, 500
@@ -39,12 +40,11 @@ def _tracin(name: str, layers: Layers) -> Peer:
         model = trained.copy()
         return TracInCP(
             model,
-            dataset(trained.train),
+            _loader(trained.train, BATCH),
             _written(trained, folder),
             checkpoints_load_func=_load,
             layers=layers(model),
             loss_fn=nn.CrossEntropyLoss(reduction="none"),
-            batch_size=BATCH,
             sample_wise_grads_per_batch=False,
         )
 
@@ -66,11 +66,10 @@ def _fast(trained: Trained, folder: Path) -> Any:
     return TracInCPFast(
         model,
         last_layer(model),
-        dataset(trained.train),
+        _loader(trained.train, FAST_BATCH),
         _written(trained, folder),
         checkpoints_load_func=_load,
         loss_fn=nn.CrossEntropyLoss(reduction="sum"),
-        batch_size=FAST_BATCH,
     )
 
 
@@ -82,6 +81,14 @@ def _fast_scores(trained: Trained, queries: Samples, folder: Path) -> Tensor:
 def _fast_self_influence(trained: Trained, folder: Path) -> Tensor:
     found: Tensor = _fast(trained, folder).self_influence(outer_loop_by_checkpoints=True)
     return found.detach()
+
+
+def _loader(samples: Samples, batch_size: int) -> DataLoader[Any]:
+    def batch(rows: Sequence[int]) -> tuple[Tensor, Tensor]:
+        chosen = torch.tensor(rows)
+        return samples.inputs_of(chosen), samples.labels[chosen]
+
+    return DataLoader(range(len(samples)), batch_size, collate_fn=batch)  # type: ignore[arg-type]  # positions, not samples
 
 
 def _written(trained: Trained, folder: Path) -> Sequence[str]:

@@ -216,7 +216,8 @@ def with_conv2d(model: nn.Module) -> nn.Module:
 def peers() -> list[Peer]:
     """EK-FAC at the final weights with labels sampled from the model, kronfluence's default, and its damping heuristic.
 
-    Both track every layer that they can: Linear layers, and with the rewritten model convolutions too.
+    Both track every layer that they can: Linear layers, and with the rewritten model convolutions too, in whose factors
+    padded places count, since no mask reaches a Conv2d.
     """
     return [
         _ekfac("kronfluence, EK-FAC, linear layers", lambda model: model),

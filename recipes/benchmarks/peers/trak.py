@@ -18,7 +18,9 @@ from torch.utils.data import DataLoader
 from recipes.benchmarks.peers.asked import Peer, Trained, dataset
 from recipes.truths.samples import Samples
 
-DIMENSION = 1024  # of the projection; below the number of training samples, or XᵀX has no inverse
+DIMENSION = (
+    1024  # of the projection, below the number of samples, or XᵀX has no inverse; TRAK's 2048 take twice as long
+)
 BLOCK = 100  # dimensions drawn at a time
 BATCH = 500  # the projection is drawn again for every batch, so that large ones are fast; 1 MB of gradients a sample
 
