@@ -22,8 +22,8 @@ from recipes.truths.retraining import Samples
 
 TINY = [
     "data.source._target_=recipes.data.fewer_texts.FewerTexts", "+data.source.train_size=60",
-    "+data.source.source={_target_: recipes.data.Docstrings}", "recipe.epochs=2", "points=3", "few_points=2", "word_points=0",
-    "sizes=[3,9]", "model.embedding_dim=4", "model.channels=[4]",
+    "+data.source.source={_target_: recipes.data.Docstrings}", "recipe.epochs=2", "points=3", "few_points=2",
+    "word_points=0", "sizes=[3,9]", "model.embedding_dim=4", "model.channels=[4]",
 ]  # fmt: skip
 
 
