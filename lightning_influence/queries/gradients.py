@@ -20,7 +20,7 @@ from lightning_influence.fitted import check_model
 from lightning_influence.gradients import GradientBlock, GradientCapture, Gradients, Selection, cat, select
 from lightning_influence.objective import Measurement, Objective, Predictions, query_objective
 from lightning_influence.queries.batches import Carried, laid_aside, num_queries
-from lightning_influence.replay import isolated, sample_gradients, to_device
+from lightning_influence.replay import autocast, isolated, sample_gradients, to_device
 
 _UNLABELLED = (KeyError, IndexError, AttributeError, TypeError, ValueError)  # what a training_step raises then
 
@@ -86,11 +86,11 @@ class QueryGradients:
 
     def measured(self, module: LightningModule, batches: Sequence[Any]) -> Tensor:
         """The measurement of each query, (Q,), at the weights that a module has now."""
-        placed = [to_device(batch, module, None) for batch in batches]
-        asked = _Asked(placed, [num_queries(batch) for batch in batches], None)
+        placed = [laid_aside(to_device(batch, module, None)) for batch in batches]
+        asked = _Asked(Carried(placed, module), [num_queries(batch) for batch in batches], None)
         if self.measurement == "predicted_class":
             self._predict(asked)
-        return torch.cat([objective.each().detach() for objective in self._objectives(module, asked)])
+        return torch.cat(self._values(module, asked))
 
     def selection(self, names: Collection[str]) -> Selection:
         """The parameters as the fit selected them: of tied embeddings it may have taken the look-ups alone."""
@@ -129,15 +129,13 @@ class QueryGradients:
         """Note which classes the fitted model predicts, that of the last checkpoint, unless they are known already."""
         if not all(said.classes for said in asked.predictions):
             with self.stage.at(self.stage.checkpoints[-1]) as module:
-                for _ in self._objectives(module, asked):
-                    pass
+                self._values(module, asked)
 
-    def _objectives(self, module: LightningModule, asked: _Asked) -> Iterator[Objective]:
-        """The measurements of each batch at the weights that a module has now."""
-        with isolated(module, asked.trainer) as manual_losses:
+    def _values(self, module: LightningModule, asked: _Asked) -> list[Tensor]:
+        """The measurement of each query, batch by batch, at the weights that a module has now."""
+        with isolated(module, asked.trainer) as manual_losses, autocast(asked.trainer):
             options = self._loss_options(manual_losses)
-            for batch, size, said in asked:
-                yield self._objective(module, batch, size, said, options)
+            return [self._objective(module, *each, options).each().detach() for each in asked]
 
     def _objective(
         self, module: LightningModule, batch: Any, size: int, said: Predictions, options: dict[str, Any]
