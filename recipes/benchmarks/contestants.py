@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from io import StringIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from lightning.pytorch import Callback
 from torch import Tensor
@@ -72,6 +73,7 @@ def contestants() -> list[Contestant]:
     words, everything = partial(_gradients, "word_embeddings"), partial(_gradients, "all")
     final, last = partial(_final, "all"), partial(InfluenceFunction, parameters="head.*")
     known = {method.name: method.scores for method in methods()}
+    trained = cache(_trained)  # the peers share one training
     return [
         _ours("TracIn-WE", words, TracInWE),
         _ours("TracIn-Last", partial(_gradients, "last_layer"), TracInLast),
@@ -83,7 +85,7 @@ def contestants() -> list[Contestant]:
         Contestant("gradient cosine", partial(_scored, "final", final, gradient_cosine)),
         Contestant("random", partial(_without_store, words, _random)),
         *(Contestant(name, partial(_without_store, words, known[name])) for name in BASELINES),
-        *map(_peer, peers()),
+        *(_peer(peer, trained) for peer in peers()),
     ]
 
 
@@ -134,18 +136,17 @@ def _without_store(stores: Stores, scores: Scorer, set_up: SetUp, seed: int, fol
     return Answer(values.detach(), cpu_seconds() - began, 0)
 
 
-def _peer(peer: Peer) -> Contestant:
+def _peer(peer: Peer, trained: Callable[[SetUp, int], tuple[Trained, Samples]]) -> Contestant:
     def ask(answer: Callable[[Trained, Samples, Path], Tensor], set_up: SetUp, seed: int, folder: Path) -> Answer:
-        trained, queries = _trained(set_up, seed, folder / "plain")
-        (folder / "peer").mkdir()
+        given, queries = trained(set_up, seed)
         began = cpu_seconds()
         with redirect_stderr(StringIO()):  # bars for every batch
-            values = answer(trained, queries, folder / "peer")
-        return Answer(values.detach(), cpu_seconds() - began, size_of(folder / "peer"))
+            values = answer(given, queries, folder)
+        return Answer(values.detach(), cpu_seconds() - began, size_of(folder))
 
-    def hunted(trained: Trained, _: Samples, folder: Path) -> Tensor:
+    def hunted(given: Trained, _: Samples, folder: Path) -> Tensor:
         assert peer.self_influence is not None
-        return peer.self_influence(trained, folder)
+        return peer.self_influence(given, folder)
 
     hunt = None if peer.self_influence is None else partial(ask, hunted)
     return Contestant(peer.name, partial(ask, peer.scores), hunt)
@@ -155,14 +156,14 @@ def _random(fit: Explained, count: int) -> Tensor:
     return fit.scores("ends", Random(fit.seed), count)
 
 
-def _trained(set_up: SetUp, seed: int, folder: Path) -> tuple[Trained, Samples]:
+def _trained(set_up: SetUp, seed: int) -> tuple[Trained, Samples]:
     """The very training that our callbacks saw: weights and learning rates of the checkpoints; and the questions."""
-    callback = GradientSnapshot(folder / "ends", "last_layer", every_n_epochs=set_up.every_n_epochs)
-    fit = fitted(set_up, seed, folder, [callback])
-    store = fit.ask("ends", TracInLast()).store
-    checkpoints = store.checkpoints()
-    weights = [store.weights(checkpoint) for checkpoint in checkpoints]
-    rates = [set_up.recipe.learning_rate] * len(checkpoints)
+    with TemporaryDirectory() as folder:
+        callback = GradientSnapshot(Path(folder) / "ends", "last_layer", every_n_epochs=set_up.every_n_epochs)
+        fit = fitted(set_up, seed, Path(folder), [callback])
+        store = fit.ask("ends", TracInLast()).store
+        weights = [store.weights(checkpoint) for checkpoint in store.checkpoints()]
+    rates = [set_up.recipe.learning_rate] * len(weights)
     return Trained(fit.module, weights, rates, set_up.texts.train), fit.queries
 
 

@@ -48,6 +48,7 @@ from recipes import tables
 from recipes.benchmarks.contestants import Answer, Contestant, contestants
 from recipes.benchmarks.measuring import Row, report
 from recipes.case_deletion import check, set_up_of
+from recipes.data.corpus import in_one_line
 from recipes.deletions.deleting import Truths, delete_texts
 from recipes.deletions.fitting import Explained, SetUp, fitted
 from recipes.deletions.texts import Texts
@@ -150,10 +151,11 @@ def rows(config: Any, options: argparse.Namespace) -> list[Row]:
     wrong = torch.tensor(hunted.texts.data.flipped)
     which = contestants()
     answers = ask(which, set_up, hunted)
+    finite = answers.finite()
     with tempfile.TemporaryDirectory() as folder:
         fit = fitted(set_up, SEED, Path(folder), [])
-        lds, ceiling = lds_of(fit, answers.finite(), options.subsets, options.cache)
-        deleted = deletion_of(fit, answers.finite(), config.few_points, list(config.sizes), options.cache)
+        lds, ceiling = lds_of(fit, finite, options.subsets, options.cache)
+        deleted = deletion_of(fit, finite, config.few_points, list(config.sizes), options.cache)
     found: list[Row] = [{"method": "noise ceiling: half of the seeds against the others", "LDS": str(ceiling)}]
     for name in (contestant.name for contestant in which):
         row: dict[str, str] = {"method": name, "LDS": answers.failed.get(name, "")}
@@ -166,7 +168,7 @@ def rows(config: Any, options: argparse.Namespace) -> list[Row]:
         if name in answers.scores:
             row |= {"CPU s": f"{answers.scores[name].seconds:.1f}", "MB": f"{answers.scores[name].size / 1e6:.2f}"}
         found.append(row)
-    texts = [text if isinstance(text, str) else " / ".join(text) for text in hunted.texts.data.train_texts]
+    texts = [in_one_line(text) for text in hunted.texts.data.train_texts]
     doubt = out_of_fold.of_texts(texts, hunted.texts.train.labels, SEED)
     found.append({"method": "out-of-fold logistic regression on tf-idf", "AUC of wrong labels": auc_of(doubt, wrong)})
     return found

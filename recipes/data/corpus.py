@@ -77,6 +77,15 @@ class Corpus:
         )
 
 
+def in_one_line(text: Text) -> str:
+    """A text as people and other tools read it; of a pair, both texts.
+
+    >>> in_one_line(("A dog runs.", "It moves."))
+    'A dog runs. / It moves.'
+    """
+    return text if isinstance(text, str) else " / ".join(text)
+
+
 def stable_hash(text: Text, salt: str) -> int:
     """Return a 64-bit hash of a text that is the same on every machine and in every process."""
     content = text if isinstance(text, str) else "\0".join(text)

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset, TensorDataset
 
 from recipes.data import TextDataModule
+from recipes.data.corpus import in_one_line
 from recipes.data.fewer_texts import FewerTexts
 from recipes.data.text_data_module import EncodedTexts, collate
 from recipes.hunting import out_of_fold
@@ -89,7 +90,7 @@ def texts(
     train, test = data.train_dataloader().dataset, data.test_dataloader().dataset
     assert isinstance(train, EncodedTexts) and isinstance(test, EncodedTexts)
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(seed)).tolist()
-    written = [text if isinstance(text, str) else " / ".join(text) for text in data.train_texts]
+    written = [in_one_line(text) for text in data.train_texts]
     return Hunted(
         build,
         train,
