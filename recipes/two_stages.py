@@ -129,7 +129,7 @@ def judged(config: Any, runs: TwoRuns, tasks: Tasks, queries: Samples, truth: Tr
 def lines(setting: str, truth: Truth, rows: Sequence[Judged]) -> list[dict[str, object]]:
     """The rows of the table."""
     best = max((row for row in rows if row.baseline), key=lambda row: row.groups.pearson.value)
-    noise = noise_ceiling(truth.subset_losses) if truth.subset_losses.shape[1] > 1 else ""
+    noise = noise_ceiling(truth.subset_losses).halves if truth.subset_losses.shape[1] > 1 else ""
     found: list[dict[str, object]] = [
         {
             "embedding": setting,

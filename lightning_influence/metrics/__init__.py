@@ -1,6 +1,7 @@
 """How good an attribution is: metrics in the manner of torchmetrics, plain tensors in and numbers out."""
 
 from lightning_influence.metrics.cancellation import CancellationRatio, cancellation_ratio
+from lightning_influence.metrics.ceiling import NoiseCeiling, noise_ceiling
 from lightning_influence.metrics.checks import Ids
 from lightning_influence.metrics.classes import ClassDetection, ClassesFound, class_detection
 from lightning_influence.metrics.deletion import CaseDeletion, Deletion, case_deletion
@@ -10,7 +11,6 @@ from lightning_influence.metrics.lds import (
     LinearDatamodelingScore,
     linear_datamodeling_score,
     mean_over_models,
-    noise_ceiling,
 )
 from lightning_influence.metrics.leave_one_out import LeaveOneOut, LeaveOneOutCorrelation, leave_one_out_correlation
 from lightning_influence.metrics.mislabel import MislabelDetection, MislabelsFound, RecallAt, mislabel_detection
@@ -34,6 +34,7 @@ __all__ = [
     "LinearDatamodelingScore",
     "MislabelDetection",
     "MislabelsFound",
+    "NoiseCeiling",
     "NoiseDetectionRate",
     "NoiseFound",
     "ProponentRetrieval",

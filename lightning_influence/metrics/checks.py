@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_influence.errors import MetricError
 
 _NAMED = 5  # of ids or places that differ, so many are named
+_FEWEST = 3  # subsets; the rank correlation of two is 1 or −1 whatever the scores
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,32 @@ def floats(values: Tensor, what: str, shape: str) -> Tensor:
             hint="find what went wrong where they were made; nothing sensible can be said of their ranks",
         )
     return values.detach().double()
+
+
+def measured(measurements: Tensor) -> Tensor:
+    """Check measurements (S, seeds, Q) of models trained on subsets, and return them in float64.
+
+    Raises:
+        MetricError: fewer than three subsets, another shape, NaN.
+    """
+    measurements = floats(measurements, "measurements", "(S, seeds, Q)")
+    enough_subsets(len(measurements))
+    return measurements
+
+
+def enough_subsets(count: int) -> None:
+    """Refuse fewer subsets than can be ranked.
+
+    Raises:
+        MetricError: fewer than three.
+    """
+    if count < _FEWEST:
+        raise MetricError(
+            "a rank correlation over so few subsets says nothing",
+            expected=f"{_FEWEST} subsets or more; 50 to 100 are usual",
+            found=count,
+            hint="train on more random subsets",
+        )
 
 
 def booleans(values: Tensor, what: str, shape: tuple[int, ...]) -> Tensor:

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
-from math import comb
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from lightning_influence.errors import MetricError
-from lightning_influence.metrics.checks import Ids, check_ids, floats
+from lightning_influence.metrics.ceiling import NoiseCeiling, ceiling_of, halves
+from lightning_influence.metrics.checks import Ids, check_ids, enough_subsets, floats, measured
 from lightning_influence.metrics.drawing import intervals, named
 from lightning_influence.metrics.intervals import QueryMean, query_mean
 from lightning_influence.metrics.metric import InfluenceMetric
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-_FEWEST = 3  # subsets; the rank correlation of two is 1 or −1 whatever the scores
-_HALVINGS = 252  # all ways to halve ten seeds; of more seeds so many are drawn
 _ROUNDING = 64 * torch.finfo(torch.float64).eps
 
 
@@ -38,12 +35,12 @@ class LDS:
 
     Args:
         score: rank correlation of each query, their mean and its interval.
-        ceiling: how well one half of the seeds ranks the subsets as the other does (see `noise_ceiling`); all nan
-            where there was one seed only.
+        ceiling: which score the noise of the truths leaves to a perfect attribution (see `noise_ceiling`); nan where
+            there was one seed only.
     """
 
     score: QueryMean
-    ceiling: QueryMean
+    ceiling: NoiseCeiling
 
     def __str__(self) -> str:
         return f"LDS {self.score}, noise ceiling {self.ceiling}"
@@ -88,30 +85,6 @@ def linear_datamodeling_score(
     return query_mean(_per_query(scores, subsets, measurements), resamples=resamples, seed=seed)
 
 
-def noise_ceiling(measurements: Tensor, *, resamples: int = 10_000, seed: int = 0) -> QueryMean:
-    """How well the mean over half of the seeds ranks the subsets as the other half does (S, seeds, Q).
-
-    All ways to halve up to ten seeds are averaged, of more seeds 252 random ones; of an odd number one half has one
-    seed more. What a score could reach against the mean over all seeds is higher, since that mean is less noisy.
-
-    Raises:
-        MetricError: one seed only, fewer than three subsets, NaN.
-
-    >>> losses = torch.tensor([0.2, 0.5, 0.9]).view(3, 1, 1).expand(3, 2, 1)
-    >>> print(noise_ceiling(losses))
-    1.000 [1.000, 1.000]
-    """
-    measurements = _measured(measurements)
-    if measurements.shape[1] < 2:
-        raise MetricError(
-            "there is no noise ceiling of one seed",
-            expected="measurements (S, seeds, Q) of two seeds or more",
-            found=tuple(measurements.shape),
-            hint="train on every subset once more with another seed",
-        )
-    return query_mean(_ceiling(measurements), resamples=resamples, seed=seed)
-
-
 def mean_over_models(found: Sequence[QueryMean], *, resamples: int = 10_000, seed: int = 0) -> QueryMean:
     """The score of one method on several models: each query's mean, and the interval over queries of that."""
     return query_mean(torch.stack([one.per_query for one in found]).mean(0), resamples=resamples, seed=seed)
@@ -140,8 +113,8 @@ class LinearDatamodelingScore(InfluenceMetric):
     def __init__(
         self, subsets: Sequence[Tensor] | Tensor, *, resamples: int = 10_000, seed: int = 0, **kwargs: Any
     ) -> None:
-        super().__init__(("correlations", "ceilings"), resamples=resamples, seed=seed, **kwargs)
-        _enough(len(subsets))
+        super().__init__(("correlations", "halves", "seeds"), resamples=resamples, seed=seed, **kwargs)
+        enough_subsets(len(subsets))
         self.subsets = subsets
 
     def update(
@@ -151,21 +124,31 @@ class LinearDatamodelingScore(InfluenceMetric):
         check_ids(ids, truth_ids)
         correlations = _per_query(scores, self.subsets, measurements)
         self._keep("correlations", correlations)
-        self._keep("ceilings", _ceiling(_measured(measurements)))
+        self._keep("halves", halves(measured(measurements)))
+        self._keep("seeds", torch.full_like(correlations, measurements.shape[1]))
 
     def compute(self) -> LDS:
-        """The score and the ceiling over all queries of all processes."""
-        score, ceiling = (
-            query_mean(self._kept(name), resamples=self.resamples, seed=self.seed)
-            for name in ("correlations", "ceilings")
-        )
-        return LDS(score, ceiling)
+        """The score and the ceiling over all queries of all processes.
+
+        Raises:
+            MetricError: no update yet, or queries with different numbers of seeds.
+        """
+        seeds = sorted({int(count) for count in self._kept("seeds").tolist()})
+        if len(seeds) > 1:
+            raise MetricError(
+                "the queries were measured with different numbers of seeds",
+                expected="the same seeds for all queries of one score",
+                found=f"numbers of seeds {seeds}",
+                hint="call reset() between truths that do not belong together",
+            )
+        score, agreement = self._means("correlations", "halves")
+        return LDS(score, ceiling_of(agreement, seeds[0]))
 
     def plot(self, val: LDS | Mapping[str, LDS] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """The score with its interval, of one method or of several by name; dashed, the first one's noise ceiling."""
         found = named(self.compute() if val is None else val, "LDS")
         figure, ax = intervals({name: one.score for name, one in found.items()}, ax, "linear datamodeling score")
-        ceiling = next(iter(found.values())).ceiling.mean
+        ceiling = next(iter(found.values())).ceiling.value
         if ceiling == ceiling:
             ax.axhline(ceiling, color="#767676", linestyle="--", label="noise ceiling")
             ax.legend(frameon=False)
@@ -174,7 +157,7 @@ class LinearDatamodelingScore(InfluenceMetric):
 
 def _per_query(scores: Tensor, subsets: Sequence[Tensor] | Tensor, measurements: Tensor) -> Tensor:
     """Rank correlations (Q,)."""
-    scores, measurements = floats(scores, "scores", "(Q, N)"), _measured(measurements)
+    scores, measurements = floats(scores, "scores", "(Q, N)"), measured(measurements)
     found, expected = (len(subsets), scores.shape[0]), (measurements.shape[0], measurements.shape[2])
     if found != expected:
         raise MetricError(
@@ -233,37 +216,3 @@ def _check_indices(number: int, subset: Tensor, samples: int) -> None:
             + (f", from {int(subset.min())} to {int(subset.max())}" if subset.numel() and integers else ""),
             hint="one dimension of integers for each subset; a matrix (S, N) is of booleans or floats",
         )
-
-
-def _measured(measurements: Tensor) -> Tensor:
-    measurements = floats(measurements, "measurements", "(S, seeds, Q)")
-    _enough(len(measurements))
-    return measurements
-
-
-def _enough(subsets: int) -> None:
-    if subsets < _FEWEST:
-        raise MetricError(
-            "a rank correlation over so few subsets says nothing",
-            expected=f"{_FEWEST} subsets or more; 50 to 100 are usual",
-            found=subsets,
-            hint="train on more random subsets",
-        )
-
-
-def _ceiling(measurements: Tensor) -> Tensor:
-    """Mean over halvings of the rank correlations between halves (Q,); nan of one seed."""
-    seeds = measurements.shape[1]
-    if seeds < 2:
-        return measurements.new_full((measurements.shape[2],), torch.nan)
-    half = seeds // 2
-    if comb(seeds, half) <= _HALVINGS:
-        ways = [list(way) for way in combinations(range(seeds), half)]
-    else:
-        generator = torch.Generator().manual_seed(0)
-        ways = [torch.randperm(seeds, generator=generator)[:half].tolist() for _ in range(_HALVINGS)]
-    halves = []
-    for one in ways:
-        other = [seed for seed in range(seeds) if seed not in one]
-        halves.append(spearman(measurements[:, one].mean(1), measurements[:, other].mean(1)))
-    return torch.stack(halves).mean(0)

@@ -233,7 +233,7 @@ def rows_of(kind: Kind, methods: tuple[Method, ...], cache: Path) -> list[Row]:
                 print(f"{kind} {seed}, {method.name}, {method.damping}, {method.measurement}: {found.lds[-1]}, "
                       f"{found.seconds[-1]:.2f} s", flush=True)  # fmt: skip
     ceilings = [
-        {**_row(kind, "noise ceiling, half against half of the seeds", noise_ceiling(truth)), "of": measurement}
+        {**_row(kind, "half of the seeds against the other half", noise_ceiling(truth).halves), "of": measurement}
         for measurement, truth in measured.items()
     ]
     return ceilings + [_line(kind, method, found) for method, found in results.items()]

@@ -115,7 +115,7 @@ def main() -> None:
                 for name, damping, scores in method(model, data, seed):
                     lds = linear_datamodeling_score(scores, subsets, truth.losses)
                     found.setdefault((name, damping), []).append(lds)
-        rows.append(_row(kind, "noise ceiling, half against half of the seeds", "", noise_ceiling(truth.losses)))
+        rows.append(_row(kind, "half of the seeds against the other half", "", noise_ceiling(truth.losses).halves))
         means = {key: mean_over_models(each) for key, each in found.items()}
         best = {name: max((m.mean, d) for (n, d), m in means.items() if n == name)[1] for name, _ in means}
         for (name, damping), lds in means.items():

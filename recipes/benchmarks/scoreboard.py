@@ -38,6 +38,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # so that `recipes` is found however this is started
 from lightning_influence.metrics import (
     Deletion,
+    NoiseCeiling,
     QueryMean,
     case_deletion,
     linear_datamodeling_score,
@@ -109,8 +110,8 @@ def ask(which: Sequence[Contestant], set_up: SetUp, hunted: SetUp) -> Answers:
     return found
 
 
-def lds_of(fit: Explained, scores: Scores, subsets: int, cache: Path) -> tuple[dict[str, QueryMean], QueryMean]:
-    """LDS of every method, and how far the retrained models agree among themselves."""
+def lds_of(fit: Explained, scores: Scores, subsets: int, cache: Path) -> tuple[dict[str, QueryMean], NoiseCeiling]:
+    """LDS of every method, and the most that the noise of the retrained models leaves to any."""
     train, recipe = fit.set_up.texts.train, fit.set_up.recipe
     halves = random_subsets(len(train), subsets, 0.5, SEED)
     losses = retrain(
@@ -156,7 +157,7 @@ def rows(config: Any, options: argparse.Namespace) -> list[Row]:
         fit = fitted(set_up, SEED, Path(folder), [])
         lds, ceiling = lds_of(fit, finite, options.subsets, options.cache)
         deleted = deletion_of(fit, finite, config.few_points, list(config.sizes), options.cache)
-    found: list[Row] = [{"method": "noise ceiling: half of the seeds against the others", "LDS": str(ceiling)}]
+    found: list[Row] = [{"method": "noise ceiling: a perfect attribution", "LDS": str(ceiling)}]
     for name in (contestant.name for contestant in which):
         row: dict[str, str] = {"method": name, "LDS": answers.failed.get(name, "")}
         if name in lds:

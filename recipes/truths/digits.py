@@ -145,7 +145,8 @@ def main() -> None:
         right = (model(data.queries.inputs).argmax(1) == data.queries.labels).float().mean()
         print(f"reference model, seed {seed}: {float(right):.1%} of the queries right")
     for name, measured in {"loss": truth.losses, "log-odds": truth.log_odds}.items():
-        print(f"{options.kind}, {name}: noise ceiling {noise_ceiling(measured)}")
+        ceiling = noise_ceiling(measured)
+        print(f"{options.kind}, {name}: halves of the seeds agree to {ceiling.halves}, noise ceiling {ceiling}")
 
 
 if __name__ == "__main__":
