@@ -126,8 +126,9 @@ class LayerComparison:
         for one in self:
             row = [one.name]
             row += [f"{one.size:,}", f"{one.cancellation:.1f}"] if isinstance(one, LayerResult) else ["", ""]
-            row += [f"{found.auroc:.3f}" for found in (one.found_by_self, one.found_as_opponents) if found is not None]
-            row += [] if one.removals is None else [_interval(one.removals)]
+            for found in (one.found_by_self, one.found_as_opponents):
+                row += [] if found is None else [_interval(found.auroc, found.auroc_low, found.auroc_high)]
+            row += [] if one.removals is None else [_interval(one.removals.mean, one.removals.low, one.removals.high)]
             row += [] if one.deletion is None else [f"{one.deletion.mean:+.4f}"]
             rows.append(row)
         return rows
@@ -142,7 +143,7 @@ class LayerComparison:
         if self.flagged is not None:
             notes.append(
                 f"AUC: {self.flagged} flagged samples among all, 0.5 by chance; by high self-influence, and by a low "
-                "mean score over the queries."
+                "mean score over the queries; in brackets the 95% interval over the samples."
             )
         if self.whole.removals is not None:
             notes.append(
@@ -182,15 +183,14 @@ class LayerComparison:
             ("AUC by self-influence", "o", COLOURS[0], [one.found_by_self for one in self]),
             ("AUC as opponents", "s", COLOURS[1], [one.found_as_opponents for one in self]),
         ):
-            told = [found.auroc for found in values if found is not None]
+            told = [(f.auroc, f.auroc_low, f.auroc_high) for f in values if f is not None]
             if told:
-                ax.plot(places, told, marker, color=colour, label=label)
+                _points(ax, places, told, marker, colour, label)
                 drawn += 1
         correlations = [one.removals for one in self if one.removals is not None]
         if correlations:
-            middle = [found.mean for found in correlations]
-            reach = [[f.mean - f.low for f in correlations], [f.high - f.mean for f in correlations]]
-            ax.errorbar(places, middle, reach, fmt="D", color=COLOURS[2], capsize=2, label="correlation of removals")
+            told = [(f.mean, f.low, f.high) for f in correlations]
+            _points(ax, places, told, "D", COLOURS[2], "correlation of removals")
             drawn += 1
         if drawn:
             for level in [0.5] * (self.flagged is not None) + [0.0] * bool(correlations):
@@ -202,8 +202,16 @@ class LayerComparison:
         return figure, ax
 
 
-def _interval(found: QueryMean) -> str:
-    return f"{found.mean:.2f} [{found.low:.2f}, {found.high:.2f}]"
+def _points(
+    ax: Axes, places: Sequence[int], told: Sequence[tuple[float, float, float]], marker: str, colour: str, label: str
+) -> None:
+    """Values with their intervals."""
+    values, reach = [value for value, *_ in told], [[v - low for v, low, _ in told], [high - v for v, _, high in told]]
+    ax.errorbar(places, values, reach, fmt=marker, color=colour, capsize=2, label=label)
+
+
+def _interval(value: float, low: float, high: float) -> str:
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -17,7 +17,7 @@ from lightning_influence.errors import MetricError
 from lightning_influence.metrics.checks import Ids, booleans, check_ids, count_of, floats
 from lightning_influence.metrics.drawing import FAINT, Curve, curves, named
 from lightning_influence.metrics.metric import InfluenceMetric
-from lightning_influence.metrics.ranks import auroc, average_precision, found_among_first
+from lightning_influence.metrics.ranks import auroc, auroc_interval, average_precision, found_among_first
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -47,6 +47,8 @@ class MislabelsFound:
 
     Args:
         auroc: area under the ROC curve; 0.5 by chance; equal scores count half.
+        auroc_low: lower end of its 95% interval (DeLong et al. 1988); nan with fewer than two of a kind.
+        auroc_high: its upper end.
         average_precision: Σ (R_t − R_{t−1}) P_t over the distinct scores; about the share of wrong labels by chance.
         at: recall at the numbers asked for.
         share_examined: of the detection curve, k/N for k = 0 … N, (N + 1,).
@@ -54,6 +56,8 @@ class MislabelsFound:
     """
 
     auroc: float
+    auroc_low: float
+    auroc_high: float
     average_precision: float
     at: tuple[RecallAt, ...]
     share_examined: Tensor
@@ -61,7 +65,8 @@ class MislabelsFound:
 
     def __str__(self) -> str:
         recalls = "".join(f", {one.recall:.1%} in the first {one.examined}" for one in self.at)
-        return f"AUROC {self.auroc:.3f}, average precision {self.average_precision:.3f}{recalls}"
+        area = f"{self.auroc:.3f} [{self.auroc_low:.3f}, {self.auroc_high:.3f}]"
+        return f"AUROC {area}, average precision {self.average_precision:.3f}{recalls}"
 
 
 def mislabel_detection(
@@ -109,6 +114,7 @@ def mislabel_detection(
         recalls.append(RecallAt(examined, float(found[examined]), float(found[examined]) / sought, examined / count))
     return MislabelsFound(
         auroc(scores, mislabeled),
+        *auroc_interval(scores, mislabeled),
         average_precision(scores, mislabeled),
         tuple(recalls),
         torch.arange(count + 1, dtype=torch.float64) / count,
@@ -127,7 +133,7 @@ class MislabelDetection(InfluenceMetric):
     >>> metric.update(torch.tensor([9.0, 1.0]), torch.tensor([True, False]))
     >>> metric.update(torch.tensor([5.0, 2.0]), torch.tensor([False, True]))
     >>> print(metric.compute())
-    AUROC 0.750, average precision 0.833, 50.0% in the first 2
+    AUROC 0.750 [0.057, 1.000], average precision 0.833, 50.0% in the first 2
     """
 
     higher_is_better = True

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
+_NORMAL = 1.959964  # the 97.5% quantile of the normal distribution
+
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
     """Rank correlations (Q,) of the columns of two matrices (S, Q), ties at their mean rank; nan where undefined.
@@ -78,6 +80,29 @@ def auroc(scores: Tensor, positive: Tensor) -> float:
     if not _both(positive):
         return torch.nan
     return float(binary_auroc(_as_probabilities(scores), positive.long(), validate_args=False))
+
+
+def auroc_interval(scores: Tensor, positive: Tensor) -> tuple[float, float]:
+    """The 95% interval of `auroc` over the drawing of samples: DeLong et al. 1988 (Biometrics 44), equal scores half.
+
+    A positive's place is the share of the negatives that it is above, a negative's that of the positives above it. Both
+    have the area as their mean, and the area's variance is var(places) / count, added over the two kinds. Nan with
+    fewer than two of a kind; no width where the area is 0 or 1.
+
+    >>> scores, positive = torch.tensor([5.0, 3.0, 4.0, 1.0]), torch.tensor([True, True, False, False])
+    >>> tuple(round(end, 3) for end in auroc_interval(scores, positive))
+    (0.057, 1.0)
+    """
+    kinds = scores[positive], scores[~positive]
+    if min(len(kind) for kind in kinds) < 2:
+        return torch.nan, torch.nan
+    ranks = mean_ranks(scores.unsqueeze(0))[0]
+    within = [mean_ranks(kind.unsqueeze(0))[0] for kind in kinds]
+    above = (ranks[positive] - within[0]) / len(kinds[1])
+    below = 1 - (ranks[~positive] - within[1]) / len(kinds[0])
+    half = _NORMAL * sum(float(places.var()) / len(places) for places in (above, below)) ** 0.5
+    area = float(above.mean())
+    return max(0.0, area - half), min(1.0, area + half)
 
 
 def average_precision(scores: Tensor, positive: Tensor) -> float:

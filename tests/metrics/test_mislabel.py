@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise, permutations
+from math import erf
 
 import pytest
 import torch
@@ -31,6 +32,29 @@ def test_the_areas_are_those_of_scikit_learn() -> None:
         assert found.average_precision == pytest.approx(
             measures.average_precision_score(flags, sign * scores), abs=1e-6
         )
+
+
+def test_the_interval_of_the_area_by_pairs() -> None:
+    scores, flags = made_up()
+    positive, negative = scores[flags].double(), scores[~flags].double()
+    above = (positive.unsqueeze(1) > negative).double() + 0.5 * (positive.unsqueeze(1) == negative).double()
+    half = 1.959964 * float(above.mean(1).var() / len(positive) + above.mean(0).var() / len(negative)) ** 0.5
+    found = mislabel_detection(scores, flags)
+    assert found.auroc_low == pytest.approx(float(above.mean()) - half, rel=1e-12)
+    assert found.auroc_high == pytest.approx(min(1, float(above.mean()) + half), rel=1e-12)
+    assert "AUROC" in str(found) and f"[{found.auroc_low:.3f}, {found.auroc_high:.3f}]" in str(found)
+    alone = mislabel_detection(scores[:3], torch.tensor([True, False, False]))
+    assert alone.auroc_low != alone.auroc_low and alone.auroc_high != alone.auroc_high
+
+
+def test_the_interval_of_the_area_holds_the_truth_nineteen_times_in_twenty() -> None:
+    generator, inside = torch.Generator().manual_seed(1), 0
+    truth = 0.5 * (1 + erf(0.5))  # Φ(1/√2), of two normal distributions one standard deviation apart
+    flags = torch.arange(120) < 40
+    for _ in range(400):
+        found = mislabel_detection(torch.randn(120, generator=generator) + flags, flags, at=())
+        inside += found.auroc_low <= truth <= found.auroc_high
+    assert 0.92 < inside / 400 < 0.98
 
 
 def test_what_is_found_is_the_mean_over_all_orders_of_equal_scores() -> None:
