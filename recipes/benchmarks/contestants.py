@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ BASELINES = (
     "tf-idf, signed by the label",
     "embedding cosine, signed by the label",
 )
+_HELD_OUT = 400  # texts by which a damping is chosen
 Stores = Callable[[SetUp, Path], Sequence[Clocked]]  # a set-up and the folder of its store -> callbacks
 
 
@@ -80,6 +82,7 @@ def contestants() -> list[Contestant]:
         _ours("TracIn, all layers", everything, TracIn),
         _ours("influence function, last layer", partial(_curvature, "last_layer"), last),
         _ours("influence function, EK-FAC", partial(_curvature, "all"), InfluenceFunction),
+        _chosen("influence function, EK-FAC, chosen damping"),
         _ours("projected to rank 16 (LoGra)", _projected, partial(InfluenceFunction, ProjectedGram())),
         _ours("gradient dot product", final, TracIn),
         Contestant("gradient cosine", partial(_scored, "final", final, gradient_cosine)),
@@ -103,6 +106,25 @@ def _curvature(parameters: str, set_up: SetUp, folder: Path) -> list[Clocked]:
 
 def _projected(set_up: SetUp, folder: Path) -> list[Clocked]:
     return [ClockedGradients(folder, "all", every_n_epochs=set_up.recipe.epochs, projection=FactorProjection(16))]
+
+
+def _chosen(name: str) -> Contestant:
+    """An influence function whose damping is chosen by removals that are trained, judged on texts nobody asks about."""
+
+    def choose(fit: Explained) -> InfluenceFunction:
+        texts, asked = fit.set_up.texts, set(fit.set_up.positions.tolist())
+        held_out = [i for i in range(len(texts.test)) if i not in asked][:_HELD_OUT]
+        fit.ask("final", InfluenceFunction()).choose_damping([texts.batch(held_out)])
+        return InfluenceFunction(damping="auto")
+
+    def scores(fit: Explained, count: int) -> Tensor:
+        return fit.scores("final", choose(fit), count)
+
+    def self_influence(fit: Explained, _: int) -> Tensor:
+        return fit.ask("final", choose(fit)).self_influence()
+
+    store = partial(_curvature, "all")
+    return Contestant(name, partial(_scored, "final", store, scores), partial(_scored, "final", store, self_influence))
 
 
 def _ours(name: str, stores: Stores, estimator: Callable[[], TracIn | InfluenceFunction]) -> Contestant:
@@ -140,8 +162,9 @@ def _peer(peer: Peer, trained: Callable[[SetUp, int], tuple[Trained, Samples]]) 
     def ask(answer: Callable[[Trained, Samples, Path], Tensor], set_up: SetUp, seed: int, folder: Path) -> Answer:
         given, queries = trained(set_up, seed)
         began = cpu_seconds()
-        with redirect_stderr(StringIO()):  # bars for every batch
+        with redirect_stderr(StringIO()) as said:  # bars for every batch, and warnings, which are passed on
             values = answer(given, queries, folder)
+        sys.stderr.writelines(f"{peer.name}: {line}\n" for line in said.getvalue().splitlines() if "Warning" in line)
         return Answer(values.detach(), cpu_seconds() - began, size_of(folder))
 
     def hunted(given: Trained, _: Samples, folder: Path) -> Tensor:

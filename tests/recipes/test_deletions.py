@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,43 +15,26 @@ from torch import Tensor
 from lightning_influence import BM25, TracIn, TracInLast, TracInWE
 from recipes import case_deletion
 from recipes.data import TextDataModule
-from recipes.data.corpus import Corpus
-from recipes.data.vocabulary import PADDING, UNKNOWN
+from recipes.data.vocabulary import PADDING, SEPARATOR, UNKNOWN
 from recipes.deletions.deleting import Truths, delete_texts, replace_texts
 from recipes.deletions.fitting import Explained, SetUp, explained, explained_in_all_ways
 from recipes.deletions.methods import SHARED_RANKINGS, methods
 from recipes.deletions.packed import PackedTextCNN
 from recipes.deletions.texts import Texts
-from recipes.deletions.words import _ranked, _without, delete_words
+from recipes.deletions.words import Word, _others, _ranked, _without, delete_words
 from recipes.models import TextCNN
 from recipes.truths.retraining import Samples
 from recipes.truths.training import Recipe, initial
+from tests.recipes.few_texts import FewTexts
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPE = Recipe(epochs=2, batch_size=8, learning_rate=0.1, momentum=0.9)
 SIZE = dict(embedding_dim=6, channels=[5], kernel_size=3, dropout=0.0, optimizer="sgd", learning_rate=0.1)
 
 
-@dataclass(frozen=True)
-class MadeUp:
-    """Texts of a few words, two classes."""
-
-    def load(self) -> Corpus:
-        draw = torch.Generator().manual_seed(0)
-        words = ["good", "bad", "film", "the", "a", "plot", "dull", "fine"]
-
-        def texts(count: int) -> tuple[str, ...]:
-            lengths = torch.randint(1, 9, (count,), generator=draw).tolist()
-            return tuple(" ".join(words[i] for i in torch.randint(8, (n,), generator=draw).tolist()) for n in lengths)
-
-        train, test = texts(40), texts(12)
-        labels = [tuple(int("good" in t or "fine" in t) for t in part) for part in (train, test)]
-        return Corpus(("no", "yes"), train, labels[0], test, labels[1])
-
-
 @pytest.fixture(scope="module")
 def set_up() -> SetUp:
-    texts = Texts.of(TextDataModule(MadeUp(), max_tokens=6))
+    texts = Texts.of(TextDataModule(FewTexts(), max_tokens=6))
     sizes: dict[str, Any] = {"vocabulary_size": len(texts.data.vocabulary), "num_classes": 2} | SIZE
     return SetUp(partial(TextCNN, **sizes), partial(PackedTextCNN, **sizes), RECIPE, texts, texts.drawn(4, 0))
 
@@ -119,6 +101,18 @@ def test_a_word_is_taken_out_wherever_it_stands() -> None:
     assert _without(torch.tensor([5, 5, 0]), [5]).tolist() == [UNKNOWN, 0, 0]
 
 
+def test_other_words_are_as_many_of_the_same_texts_but_not_the_chosen() -> None:
+    inputs = torch.tensor([[5, 6, 7, 5, 8], [9, 5, PADDING, PADDING, PADDING], [6, SEPARATOR, 7, 8, PADDING]])
+    train = Samples(inputs, torch.zeros(3, dtype=torch.long), padding=PADDING)
+    chosen = [Word(0, 5, 3.0), Word(1, 9, 2.0), Word(0, 8, 1.0), Word(1, 5, 0.5)]
+    found = [_others(chosen, train, torch.Generator().manual_seed(seed)) for seed in range(20)]
+    of_first = [sorted(word.token for word in words if word.text == 0) for words in found]
+    assert of_first == [[6, 7]] * 20  # the only two that are left
+    assert all(word.text == 0 for words in found for word in words)  # of the second text no other word is left
+    drawn = {_others([Word(2, 6, 1.0)], train, torch.Generator().manual_seed(seed))[0].token for seed in range(20)}
+    assert drawn == {7, 8}
+
+
 def test_words_are_deleted_at_both_ends(fit: Explained, tmp_path: Path) -> None:
     found = delete_words(fit, 2, [1, 3], Truths(tmp_path))
     assert list(found) == ["words by TracIn-WE", "other words of the same texts"]
@@ -149,9 +143,9 @@ def test_random_rankings_are_shared(set_up: SetUp, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:The model was far from a stationary point")
 def test_the_program_writes_its_table(tmp_path: Path) -> None:
     overrides = [
-        "quick=true", "data.source._target_=recipes.data.fewer_texts.FewerTexts", "+data.source.train_size=120",
-        "+data.source.source={_target_: recipes.data.Docstrings}", "recipe.epochs=1", "when_quick.points=2",
-        "when_quick.few_points=1", "when_quick.word_points=1", "when_quick.sizes=[3,9]", "model.embedding_dim=4",
+        "quick=true", "data.source._target_=tests.recipes.few_texts.FewTexts", "+data.source.train=120",
+        "recipe.epochs=1", "when_quick.points=2", "when_quick.few_points=1",
+        "when_quick.word_points=1", "when_quick.sizes=[3,9]", "model.embedding_dim=4",
         f"results={tmp_path / 'table'}",
     ]  # fmt: skip
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):

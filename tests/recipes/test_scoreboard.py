@@ -18,13 +18,17 @@ from recipes.benchmarks import contestants as room
 from recipes.benchmarks import scoreboard
 from recipes.benchmarks.contestants import Contestant, contestants, size_of
 from recipes.benchmarks.peers.asked import Peer, Trained
+from recipes.case_deletion import set_up_of
+from recipes.deletions.fitting import Explained, fitted
 from recipes.truths.retraining import Samples
 
 TINY = [
-    "data.source._target_=recipes.data.fewer_texts.FewerTexts", "+data.source.train_size=60",
-    "+data.source.source={_target_: recipes.data.Docstrings}", "recipe.epochs=2", "points=3", "few_points=2",
-    "word_points=0", "sizes=[3,9]", "model.embedding_dim=4", "model.channels=[4]",
+    "data.source._target_=tests.recipes.few_texts.FewTexts", "+data.source={train: 60, test: 40}", "data.min_count=1",
+    "recipe.epochs=2", "points=3", "few_points=2", "word_points=0", "sizes=[3,9]", "model.embedding_dim=4",
+    "model.channels=[4]",
 ]  # fmt: skip
+
+PEERS = ("kronfluence", "Captum", "TRAK", "dattri")
 
 
 @dataclass
@@ -116,6 +120,40 @@ def test_the_table(some: list[Contestant], tmp_path: Path, monkeypatch: pytest.M
     assert lines["constant"][0].startswith("nan") and lines["constant"][1:3] == ["", ""]
     assert lines["random"][3] == "" and lines["random"][5] == "0.00"
     assert lines["out-of-fold logistic regression on tf-idf"][3] != ""
+
+
+@pytest.mark.filterwarnings("ignore:The model was far from a stationary point")  # it stops early here
+def test_all_are_asked_about_the_same_weights(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fits: list[Explained] = []
+
+    def recorded(*arguments: object) -> Explained:
+        fits.append(fitted(*arguments))  # type: ignore[arg-type]
+        return fits[-1]
+
+    monkeypatch.setattr(room, "fitted", recorded)
+    with initialize_config_dir(str(scoreboard.CONFIGS), version_base="1.3"):
+        set_up = set_up_of(compose("case_deletion", TINY))
+    of_each = [contestant for contestant in contestants() if contestant.name.partition(",")[0] not in PEERS]
+    for number, contestant in enumerate(of_each):
+        contestant.scores(set_up, 0, tmp_path / str(number))
+    first, *others = [fit.module.state_dict() for fit in fits]
+    assert len(others) == len(of_each) - 1 >= 10
+    assert all(torch.equal(other[name], weight) for other in others for name, weight in first.items())
+
+
+def test_a_peers_warnings_are_passed_on_and_its_bars_are_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def noisy(trained: Trained, queries: Samples, folder: Path) -> Tensor:
+        sys.stderr.write("batch 1 of 9\nUserWarning: nothing fits\n")
+        return torch.zeros(len(queries), len(trained.train))
+
+    monkeypatch.setattr(room, "peers", lambda: [Peer("noisy", noisy, None)])
+    with initialize_config_dir(str(scoreboard.CONFIGS), version_base="1.3"):
+        set_up = set_up_of(compose("case_deletion", TINY))
+    contestants()[-1].scores(set_up, 0, tmp_path)
+    told = capsys.readouterr().err
+    assert "noisy: UserWarning: nothing fits" in told and "batch 1 of 9" not in told
 
 
 def test_without_questions_for_deletions_nothing_begins(some: list[Contestant], tmp_path: Path) -> None:
