@@ -1,15 +1,7 @@
 """Per-sample gradients: selecting parameters, capturing their gradients, and the blocks that hold them."""
 
-from lightning_influence.gradients.blocks import (
-    Dense,
-    GradientBlock,
-    Gradients,
-    accumulation_dtype,
-    cat,
-    inner,
-    pack,
-    unpack,
-)
+from lightning_influence.gradients.blocks import Dense, GradientBlock, Gradients, accumulation_dtype
+from lightning_influence.gradients.by_parameter import cat, inner, pack, unpack
 from lightning_influence.gradients.capture import GradientCapture
 from lightning_influence.gradients.factored import Factored
 from lightning_influence.gradients.low_rank import LowRankGradients
