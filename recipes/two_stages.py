@@ -135,10 +135,10 @@ def lines(setting: str, truth: Truth, rows: Sequence[Judged]) -> list[dict[str, 
             "embedding": setting,
             "method": "(half of the seeds against the other half)",
             "LDS": noise,
-            "groups, Pearson": removals.ceiling(removals.changes(truth.losses)),
+            "groups, Pearson": removals.agreement_of_halves(removals.changes(truth.losses)),
             "groups, Spearman": "",
             "groups, mean loss": "",
-            "singles, Pearson": removals.ceiling(removals.changes(truth.single_losses)),
+            "singles, Pearson": removals.agreement_of_halves(removals.changes(truth.single_losses)),
         }
     ]
     for row in rows:

@@ -376,7 +376,13 @@ def test_the_table_and_the_picture(run: Run) -> None:
     assert len({len(line) for line in lines if line.startswith("|")}) == 1
     assert f"{found['head'].cancellation:.1f}" in lines[6]
     assert "3 flagged samples among all" in str(found)
-    found.plot()[0].clf()
+    by_self = found["head"].found_by_self
+    assert by_self is not None and 0 <= by_self.auroc_low <= by_self.auroc <= by_self.auroc_high <= 1
+    assert f"{by_self.auroc:.3f} [{by_self.auroc_low:.3f}, {by_self.auroc_high:.3f}]" in lines[6]
+    figure, ax = found.plot()
+    reach = ax.containers[0].lines[2][0].get_segments()[list(found).index(found["head"])]
+    assert reach[:, 1].tolist() == pytest.approx([by_self.auroc_low, by_self.auroc_high])
+    figure.clf()
     bare, _ = run.compared().plot()
     assert len(bare.axes) == 2
     bare.clf()

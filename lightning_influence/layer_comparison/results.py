@@ -127,8 +127,10 @@ class LayerComparison:
             row = [one.name]
             row += [f"{one.size:,}", f"{one.cancellation:.1f}"] if isinstance(one, LayerResult) else ["", ""]
             for found in (one.found_by_self, one.found_as_opponents):
-                row += [] if found is None else [_interval(found.auroc, found.auroc_low, found.auroc_high)]
-            row += [] if one.removals is None else [_interval(one.removals.mean, one.removals.low, one.removals.high)]
+                row += [] if found is None else [_interval(found.auroc, found.auroc_low, found.auroc_high, 3)]
+            row += (
+                [] if one.removals is None else [_interval(one.removals.mean, one.removals.low, one.removals.high, 2)]
+            )
             row += [] if one.deletion is None else [f"{one.deletion.mean:+.4f}"]
             rows.append(row)
         return rows
@@ -210,8 +212,8 @@ def _points(
     ax.errorbar(places, values, reach, fmt=marker, color=colour, capsize=2, label=label)
 
 
-def _interval(value: float, low: float, high: float) -> str:
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+def _interval(value: float, low: float, high: float, digits: int) -> str:
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

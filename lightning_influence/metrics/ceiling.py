@@ -11,21 +11,23 @@ from torch import Tensor
 
 from lightning_influence.errors import MetricError
 from lightning_influence.metrics.checks import measured
-from lightning_influence.metrics.intervals import QueryMean, query_mean
+from lightning_influence.metrics.intervals import NORMAL, QueryMean, query_mean
 from lightning_influence.metrics.ranks import spearman
 
 _HALVINGS = 252  # all ways to halve ten seeds; of more seeds so many are drawn
+_GROUPS, _HALVINGS_LEFT_OUT = 20, 10  # of the jackknife over subsets
 
 
 @dataclass(frozen=True)
 class NoiseCeiling:
-    """The linear datamodeling score that a perfect attribution can expect, since the truths are noisy themselves.
+    """The linear datamodeling score that a perfect attribution can expect at most, since the truths are noisy.
 
     Args:
-        value: nan where there was one seed only, 0 where the halves do not agree at all.
-        low: from the lower end of the halves' 95% interval.
-        high: from its upper end.
-        halves: how well the mean over one half of the seeds ranks the subsets as the other half does.
+        value: nan where there was one seed only or nothing to rank, 0 where the halves do not agree at all.
+        low: lower end of the 95% interval, over queries and subsets.
+        high: its upper end.
+        halves: how well the mean over one half of the seeds ranks the subsets as the other half does; its own interval
+            is over the queries alone.
     """
 
     value: float
@@ -34,7 +36,7 @@ class NoiseCeiling:
     halves: QueryMean
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]{self.halves.gaps}"
 
 
 def noise_ceiling(measurements: Tensor, *, resamples: int = 10_000, seed: int = 0) -> NoiseCeiling:
@@ -43,8 +45,12 @@ def noise_ceiling(measurements: Tensor, *, resamples: int = 10_000, seed: int = 
     Let every measurement be what the subset does (variance x) plus what the seed does (variance 1). Means over a and
     b seeds then correlate to r = x / sqrt((x + 1/a)(x + 1/b)), which tells x; and what the subset does correlates with
     the mean over n seeds to sqrt(x / (x + 1/n)), the ceiling. For a = b it is sqrt(2r / (1 + r)), the root of the
-    prophecy formula of Spearman and of Brown (both 1910). For rank correlations this holds nearly; where queries
-    differ in x, the ceiling of their mean correlation is a little too high.
+    prophecy formula of Spearman and of Brown (both 1910). For rank correlations this holds nearly. It is an upper
+    estimate: the more queries differ in x, the further it lies above what the truth itself would score, twice as high
+    and more where most have no effect; and sums of scores may reach less than the best function of a subset does.
+
+    All queries are measured on the same models, so that the interval is over both: the variance over the queries and
+    that over the subsets, by a jackknife that leaves out a twentieth of them at a time, are added.
 
     All ways to halve up to ten seeds are averaged, of more seeds 252 random ones; of an odd number one half has one
     seed more.
@@ -71,26 +77,40 @@ def noise_ceiling(measurements: Tensor, *, resamples: int = 10_000, seed: int = 
             found=tuple(measurements.shape),
             hint="train on every subset once more with another seed",
         )
-    return ceiling_of(query_mean(halves(measurements), resamples=resamples, seed=seed), seeds)
+    return ceiling_of(query_mean(halves(measurements), resamples=resamples, seed=seed), jackknifed(measurements), seeds)
 
 
-def ceiling_of(agreement: QueryMean, seeds: int) -> NoiseCeiling:
-    """The ceiling against a mean over so many seeds, halves of which agree so well."""
-    value, low, high = (_attainable(r, seeds) for r in (agreement.mean, agreement.low, agreement.high))
+def ceiling_of(agreement: QueryMean, left_out: Tensor, seeds: int) -> NoiseCeiling:
+    """The ceiling against a mean over so many seeds, from how well halves agree, and from what `jackknifed` found."""
+    defined = agreement.per_query[~agreement.per_query.isnan()]
+    if not len(defined):
+        return NoiseCeiling(torch.nan, torch.nan, torch.nan, agreement)
+    means = left_out.nanmean(1)
+    over_subsets = (len(means) - 1) * means.var(correction=0)
+    over_queries = defined.var(correction=0) / len(defined)
+    half = NORMAL * float((over_subsets + over_queries).sqrt())
+    value, low, high = (_attainable(agreement.mean + shift, seeds) for shift in (0, -half, half))
     return NoiseCeiling(value, low, high, agreement)
 
 
-def halves(measurements: Tensor) -> Tensor:
+def jackknifed(measurements: Tensor) -> Tensor:
+    """`halves` without each of up to twenty groups of subsets in turn (G, Q), over a few halvings; nan of one seed."""
+    groups = torch.arange(len(measurements)) % min(_GROUPS, len(measurements))
+    kept = [measurements[groups != group] for group in range(int(groups.max()) + 1)]
+    return torch.stack([halves(some, at_most=_HALVINGS_LEFT_OUT) for some in kept])
+
+
+def halves(measurements: Tensor, *, at_most: int = _HALVINGS) -> Tensor:
     """Mean over halvings of the rank correlations between halves (Q,); nan of one seed."""
     seeds = measurements.shape[1]
     if seeds < 2:
         return measurements.new_full((measurements.shape[2],), torch.nan)
     half = seeds // 2
-    if comb(seeds, half) <= _HALVINGS:
+    if comb(seeds, half) <= at_most:
         ways = [list(way) for way in combinations(range(seeds), half)]
     else:
         generator = torch.Generator().manual_seed(0)
-        ways = [torch.randperm(seeds, generator=generator)[:half].tolist() for _ in range(_HALVINGS)]
+        ways = [torch.randperm(seeds, generator=generator)[:half].tolist() for _ in range(at_most)]
     found = []
     for one in ways:
         other = [seed for seed in range(seeds) if seed not in one]

@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_influence.errors import MetricError
 from lightning_influence.metrics.checks import Ids, check_ids
 
+NORMAL = 1.959964  # the 97.5% quantile of the normal distribution
 _AT_ONCE = 2**22  # counts of a bootstrap in memory together
 
 
@@ -34,9 +35,13 @@ class QueryMean:
         """Queries without a value; they are in no mean, and are not taken for zero."""
         return int(self.per_query.isnan().sum())
 
+    @property
+    def gaps(self) -> str:
+        """What is said of queries without a value; nothing where there are none."""
+        return f", {self.undefined} of {len(self.per_query)} queries undefined" if self.undefined else ""
+
     def __str__(self) -> str:
-        missing = f", {self.undefined} of {len(self.per_query)} queries undefined" if self.undefined else ""
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]{missing}"
+        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]{self.gaps}"
 
 
 @dataclass(frozen=True)

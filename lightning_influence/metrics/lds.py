@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.errors import MetricError
-from lightning_influence.metrics.ceiling import NoiseCeiling, ceiling_of, halves
+from lightning_influence.metrics.ceiling import NoiseCeiling, ceiling_of, halves, jackknifed
 from lightning_influence.metrics.checks import Ids, check_ids, enough_subsets, floats, measured
 from lightning_influence.metrics.drawing import intervals, named
 from lightning_influence.metrics.intervals import QueryMean, query_mean
@@ -60,7 +60,8 @@ def linear_datamodeling_score(
 
     LDS(q) = spearman over subsets s of (Σ_z w_sz · score(q, z), −mean over seeds of m(s, seed, q)). An undefined one
     (all sums equal, as constant or zero scores have them) is nan, counted, and left out of the mean; where all are
-    undefined, so is the mean.
+    undefined, so is the mean. The interval is over queries, for these subsets and these trained models: another draw of
+    them moves all queries together.
 
     Args:
         scores: of every query and training sample; positive is a proponent.
@@ -113,7 +114,7 @@ class LinearDatamodelingScore(InfluenceMetric):
     def __init__(
         self, subsets: Sequence[Tensor] | Tensor, *, resamples: int = 10_000, seed: int = 0, **kwargs: Any
     ) -> None:
-        super().__init__(("correlations", "halves", "seeds"), resamples=resamples, seed=seed, **kwargs)
+        super().__init__(("correlations", "halves", "jackknife", "seeds"), resamples=resamples, seed=seed, **kwargs)
         enough_subsets(len(subsets))
         self.subsets = subsets
 
@@ -125,6 +126,7 @@ class LinearDatamodelingScore(InfluenceMetric):
         correlations = _per_query(scores, self.subsets, measurements)
         self._keep("correlations", correlations)
         self._keep("halves", halves(measured(measurements)))
+        self._keep("jackknife", jackknifed(measured(measurements)).t())
         self._keep("seeds", torch.full_like(correlations, measurements.shape[1]))
 
     def compute(self) -> LDS:
@@ -142,7 +144,8 @@ class LinearDatamodelingScore(InfluenceMetric):
                 hint="call reset() between truths that do not belong together",
             )
         score, agreement = self._means("correlations", "halves")
-        return LDS(score, ceiling_of(agreement, seeds[0]))
+        left_out = self._kept("jackknife").view(len(agreement.per_query), -1).t()
+        return LDS(score, ceiling_of(agreement, left_out, seeds[0]))
 
     def plot(self, val: LDS | Mapping[str, LDS] | None = None, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """The score with its interval, of one method or of several by name; dashed, the first one's noise ceiling."""

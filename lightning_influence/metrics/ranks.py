@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_auroc, binary_average_precision
 
-_NORMAL = 1.959964  # the 97.5% quantile of the normal distribution
+from lightning_influence.metrics.intervals import NORMAL
 
 
 def spearman(a: Tensor, b: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ def auroc_interval(scores: Tensor, positive: Tensor) -> tuple[float, float]:
     within = [mean_ranks(kind.unsqueeze(0))[0] for kind in kinds]
     above = (ranks[positive] - within[0]) / len(kinds[1])
     below = 1 - (ranks[~positive] - within[1]) / len(kinds[0])
-    half = _NORMAL * sum(float(places.var()) / len(places) for places in (above, below)) ** 0.5
+    half = NORMAL * sum(float(places.var()) / len(places) for places in (above, below)) ** 0.5
     area = float(above.mean())
     return max(0.0, area - half), min(1.0, area + half)
 

@@ -162,9 +162,12 @@ def _peer(peer: Peer, trained: Callable[[SetUp, int], tuple[Trained, Samples]]) 
     def ask(answer: Callable[[Trained, Samples, Path], Tensor], set_up: SetUp, seed: int, folder: Path) -> Answer:
         given, queries = trained(set_up, seed)
         began = cpu_seconds()
-        with redirect_stderr(StringIO()) as said:  # bars for every batch, and warnings, which are passed on
-            values = answer(given, queries, folder)
-        sys.stderr.writelines(f"{peer.name}: {line}\n" for line in said.getvalue().splitlines() if "Warning" in line)
+        try:
+            with redirect_stderr(StringIO()) as said:  # bars for every batch, and warnings, which are passed on
+                values = answer(given, queries, folder)
+        finally:
+            lines = said.getvalue().splitlines()
+            sys.stderr.writelines(f"{peer.name}: {line}\n" for line in lines if "Warning" in line)
         return Answer(values.detach(), cpu_seconds() - began, size_of(folder))
 
     def hunted(given: Trained, _: Samples, folder: Path) -> Tensor:

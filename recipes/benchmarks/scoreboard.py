@@ -10,9 +10,14 @@ It needs the environment of the peers (README.md here says how); what follows th
   predicted class that the models trained on them have, the mean over three seeds; over all questions.
 - AUC-DEL+ and AUC-DEL−: change of the predicted class's probability without the first k proponents or opponents, k as
   in the configuration, of the first questions (`few_points`) alone.
-- AUC of wrong labels: the same training with a tenth of the labels flipped; how well self-influence tells them.
+- AUC of wrong labels: the same training with a tenth of the labels flipped; how well self-influence tells them, with
+  its 95% interval over the texts.
 - CPU seconds, measured once, of the scores of all questions, beside the plain training, the callbacks' hooks included;
   and what is kept on disk for them, beside the weights of checkpoints. Dattri keeps everything in memory.
+
+Intervals of LDS and deletions are over questions, for one draw of random halves and of trained models, which all
+questions share: another draw would move them together. “Chosen damping” may look at 400 held-out texts that nobody asks
+about and train seventeen short runs, which its seconds hold; the others have the dampings that are their defaults.
 
 A method that fails is a line of the table with its error, and the others go on.
 """
@@ -134,10 +139,11 @@ def _ranks(scores: Tensor) -> bool:
 
 
 def auc_of(suspicion: Tensor, wrong: Tensor) -> str:
-    """ROC-AUC of a score of suspicion."""
+    """ROC-AUC of a score of suspicion, with its interval over the texts."""
     if not suspicion.isfinite().all():
         return "not finite"
-    return f"{mislabel_detection(suspicion.double(), wrong).auroc:.3f}"
+    found = mislabel_detection(suspicion.double(), wrong)
+    return f"{found.auroc:.3f} [{found.auroc_low:.3f}, {found.auroc_high:.3f}]"
 
 
 def rows(config: Any, options: argparse.Namespace) -> list[Row]:
@@ -157,7 +163,7 @@ def rows(config: Any, options: argparse.Namespace) -> list[Row]:
         fit = fitted(set_up, SEED, Path(folder), [])
         lds, ceiling = lds_of(fit, finite, options.subsets, options.cache)
         deleted = deletion_of(fit, finite, config.few_points, list(config.sizes), options.cache)
-    found: list[Row] = [{"method": "noise ceiling: a perfect attribution", "LDS": str(ceiling)}]
+    found: list[Row] = [{"method": "noise ceiling: at most, by a perfect attribution", "LDS": str(ceiling)}]
     for name in (contestant.name for contestant in which):
         row: dict[str, str] = {"method": name, "LDS": answers.failed.get(name, "")}
         if name in lds:

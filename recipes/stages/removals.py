@@ -107,7 +107,7 @@ def ahead(one: Agreement, other: Agreement) -> Interval:
     return Interval.of(one.pearson.value - other.pearson.value, one.resampled - other.resampled)
 
 
-def ceiling(true: Tensor) -> str:
+def agreement_of_halves(true: Tensor) -> str:
     """Pearson correlation of the changes (G, seeds, Q), mean over one half of the seeds, with those of the other;
     nothing where there is one seed."""
     half = true.shape[1] // 2

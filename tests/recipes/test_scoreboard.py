@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from hydra import compose, initialize_config_dir
 from torch import Tensor, nn
 
+from lightning_influence import InfluenceModule
 from lightning_influence.metrics import mislabel_detection
 from recipes.benchmarks import contestants as room
 from recipes.benchmarks import scoreboard
@@ -114,7 +116,7 @@ def test_the_table(some: list[Contestant], tmp_path: Path, monkeypatch: pytest.M
     assert lines["plain"][:3] == lines["TracIn-WE"][:3]
     lds = float(lines["by label"][0].split()[0])
     assert lds > 0.5 and float(lines["against"][0].split()[0]) == pytest.approx(-lds, abs=1e-3)
-    assert lines["by label"][3] == "1.000" and lines["by label"][5] == "0.02"
+    assert lines["by label"][3] == "1.000 [1.000, 1.000]" and lines["by label"][5] == "0.02"
     assert lines["against"][3] == "not finite"
     assert lines["nan"][:3] == ["not finite", "", ""] and lines["failing"][:3] == ["ZeroDivisionError", "", ""]
     assert lines["constant"][0].startswith("nan") and lines["constant"][1:3] == ["", ""]
@@ -141,17 +143,43 @@ def test_all_are_asked_about_the_same_weights(monkeypatch: pytest.MonkeyPatch, t
     assert all(torch.equal(other[name], weight) for other in others for name, weight in first.items())
 
 
+@pytest.mark.filterwarnings("ignore:The model was far from a stationary point")  # it stops early here
+def test_a_damping_is_chosen_on_texts_that_nobody_asks_about(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    batches: list[Tensor] = []
+    choose = InfluenceModule.choose_damping
+
+    def recorded(module: InfluenceModule, loader: list[dict[str, Tensor]]) -> object:
+        batches.append(loader[0]["tokens"])
+        return choose(module, loader)
+
+    monkeypatch.setattr(InfluenceModule, "choose_damping", recorded)
+    with initialize_config_dir(str(scoreboard.CONFIGS), version_base="1.3"):
+        set_up = set_up_of(compose("case_deletion", TINY))
+    named = {contestant.name: contestant for contestant in contestants()}
+    chosen, default = named["influence function, EK-FAC, chosen damping"], named["influence function, EK-FAC"]
+    found = chosen.scores(set_up, 0, tmp_path / "chosen").values
+    others = [i for i in range(len(set_up.texts.test)) if i not in set_up.positions.tolist()]
+    assert torch.equal(batches[0], set_up.texts.batch(others)["tokens"]) and len(others) == 37
+    (manifest,) = (tmp_path / "chosen").rglob("manifest.json")
+    assert "damping" in json.loads(manifest.read_text())["facts"]
+    assert not torch.allclose(found, default.scores(set_up, 0, tmp_path / "default").values)
+    assert chosen.self_influence is not None
+    own = chosen.self_influence(set_up, 0, tmp_path / "own").values
+    assert own.shape == (60,) and bool((own > 0).all())
+
+
 def test_a_peers_warnings_are_passed_on_and_its_bars_are_not(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def noisy(trained: Trained, queries: Samples, folder: Path) -> Tensor:
         sys.stderr.write("batch 1 of 9\nUserWarning: nothing fits\n")
-        return torch.zeros(len(queries), len(trained.train))
+        raise ZeroDivisionError
 
     monkeypatch.setattr(room, "peers", lambda: [Peer("noisy", noisy, None)])
     with initialize_config_dir(str(scoreboard.CONFIGS), version_base="1.3"):
         set_up = set_up_of(compose("case_deletion", TINY))
-    contestants()[-1].scores(set_up, 0, tmp_path)
+    with pytest.raises(ZeroDivisionError):
+        contestants()[-1].scores(set_up, 0, tmp_path)
     told = capsys.readouterr().err
     assert "noisy: UserWarning: nothing fits" in told and "batch 1 of 9" not in told
 
@@ -173,7 +201,10 @@ def test_all_methods_have_names_of_their_own() -> None:
 
 def test_auc_of_suspicion() -> None:
     suspicion, wrong = torch.tensor([3.0, 1.0, 2.0, 0.0]), torch.tensor([True, False, False, True])
-    assert float(scoreboard.auc_of(suspicion, wrong)) == mislabel_detection(suspicion, wrong).auroc == 0.5
+    found = mislabel_detection(suspicion, wrong)
+    assert found.auroc == 0.5
+    assert scoreboard.auc_of(suspicion, wrong) == f"0.500 [{found.auroc_low:.3f}, {found.auroc_high:.3f}]"
+    assert scoreboard.auc_of(suspicion * torch.nan, wrong) == "not finite"
 
 
 def test_bytes_of_a_folder(tmp_path: Path) -> None:
