@@ -128,9 +128,8 @@ class LayerComparison:
             row += [f"{one.size:,}", f"{one.cancellation:.1f}"] if isinstance(one, LayerResult) else ["", ""]
             for found in (one.found_by_self, one.found_as_opponents):
                 row += [] if found is None else [_interval(found.auroc, found.auroc_low, found.auroc_high, 3)]
-            row += (
-                [] if one.removals is None else [_interval(one.removals.mean, one.removals.low, one.removals.high, 2)]
-            )
+            if one.removals is not None:
+                row.append(_interval(one.removals.mean, one.removals.low, one.removals.high, 2))
             row += [] if one.deletion is None else [f"{one.deletion.mean:+.4f}"]
             rows.append(row)
         return rows
