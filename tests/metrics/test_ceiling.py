@@ -51,12 +51,12 @@ def test_from_means_over_halves_to_the_mean_over_all(seeds: int, signal: float) 
 def test_the_interval_holds_the_truth_though_queries_share_their_models() -> None:
     """Queries whose effects, and whose noise, come from the same few factors."""
     inside, shares = 0, torch.randn(4, 30, generator=torch.Generator().manual_seed(7)).double()
-    for trial in range(100):
+    for trial in range(60):
         generator = torch.Generator().manual_seed(trial)
         effect, noise = (torch.randn(80, n, 4, generator=generator).double() @ shares for n in (1, 3))
         found = noise_ceiling(effect + 1.5 * noise, resamples=10)
         inside += found.low <= sqrt(1 / (1 + 1.5**2 / 3)) <= found.high
-    assert 88 <= inside <= 99
+    assert 53 <= inside < 60
 
 
 @pytest.mark.parametrize("noise", [0.5, 4.0])
@@ -65,9 +65,9 @@ def test_a_perfect_attribution_reaches_it(seeds: int, noise: float) -> None:
     """Models whose measurements are sums of the scores of their subset, and noise of the seed."""
     generator = torch.Generator().manual_seed(10 * seeds)
     scores = torch.randn(50, 30, generator=generator).double()
-    subsets = torch.rand(1000, 30, generator=generator) < 0.5
+    subsets = torch.rand(500, 30, generator=generator) < 0.5
     effect = -(subsets.double() @ scores.t()).unsqueeze(1)
-    seen = effect + noise * effect.std(0) * torch.randn(1000, seeds, 50, generator=generator).double()
+    seen = effect + noise * effect.std(0) * torch.randn(500, seeds, 50, generator=generator).double()
     reached, ceiling = linear_datamodeling_score(scores, subsets, seen), noise_ceiling(seen)
     assert ceiling.value == pytest.approx(reached.mean, abs=0.03)
     assert ceiling.low < ceiling.value < ceiling.high and ceiling.value > ceiling.halves.mean
