@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_influence.metrics import MislabelsFound, QueryMean
 from lightning_influence.metrics.drawing import COLOURS, FAINT, axes
+from lightning_influence.metrics.intervals import with_interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -127,9 +128,9 @@ class LayerComparison:
             row = [one.name]
             row += [f"{one.size:,}", f"{one.cancellation:.1f}"] if isinstance(one, LayerResult) else ["", ""]
             for found in (one.found_by_self, one.found_as_opponents):
-                row += [] if found is None else [_interval(found.auroc, found.auroc_low, found.auroc_high, 3)]
+                row += [] if found is None else [found.area]
             if one.removals is not None:
-                row.append(_interval(one.removals.mean, one.removals.low, one.removals.high, 2))
+                row.append(with_interval(one.removals.mean, one.removals.low, one.removals.high, 2))
             row += [] if one.deletion is None else [f"{one.deletion.mean:+.4f}"]
             rows.append(row)
         return rows
@@ -209,10 +210,6 @@ def _points(
     """Values with their intervals."""
     values, reach = [value for value, *_ in told], [[v - low for v, low, _ in told], [high - v for v, _, high in told]]
     ax.errorbar(places, values, reach, fmt=marker, color=colour, capsize=2, label=label)
-
-
-def _interval(value: float, low: float, high: float, digits: int) -> str:
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:

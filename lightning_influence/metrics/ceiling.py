@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_influence.errors import MetricError
 from lightning_influence.metrics.checks import measured
-from lightning_influence.metrics.intervals import NORMAL, QueryMean, query_mean
+from lightning_influence.metrics.intervals import NORMAL, QueryMean, query_mean, with_interval
 from lightning_influence.metrics.ranks import spearman
 
 _HALVINGS = 252  # all ways to halve ten seeds; of more seeds so many are drawn
@@ -36,7 +36,7 @@ class NoiseCeiling:
     halves: QueryMean
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]{self.halves.gaps}"
+        return f"{with_interval(self.value, self.low, self.high)}{self.halves.gaps}"
 
 
 def noise_ceiling(measurements: Tensor, *, resamples: int = 10_000, seed: int = 0) -> NoiseCeiling:

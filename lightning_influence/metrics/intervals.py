@@ -14,6 +14,15 @@ NORMAL = 1.959964  # the 97.5% quantile of the normal distribution
 _AT_ONCE = 2**22  # counts of a bootstrap in memory together
 
 
+def with_interval(value: float, low: float, high: float, digits: int = 3) -> str:
+    """A number and its interval as they are printed.
+
+    >>> with_interval(0.5, 0.25, 0.75, 2)
+    '0.50 [0.25, 0.75]'
+    """
+    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
 @dataclass(frozen=True)
 class QueryMean:
     """A mean over queries with its 95% interval.
@@ -41,7 +50,7 @@ class QueryMean:
         return f", {self.undefined} of {len(self.per_query)} queries undefined" if self.undefined else ""
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]{self.gaps}"
+        return f"{with_interval(self.mean, self.low, self.high)}{self.gaps}"
 
 
 @dataclass(frozen=True)
@@ -63,7 +72,7 @@ class Comparison:
     reason: str = ""
 
     def __str__(self) -> str:
-        return f"not stated: {self.reason}" if self.reason else f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return f"not stated: {self.reason}" if self.reason else with_interval(self.value, self.low, self.high)
 
 
 def query_mean(per_query: Tensor, *, resamples: int = 10_000, seed: int = 0) -> QueryMean:

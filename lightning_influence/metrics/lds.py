@@ -123,10 +123,11 @@ class LinearDatamodelingScore(InfluenceMetric):
     ) -> None:
         """Add queries: their scores (Q, N) and measurements (S, seeds, Q)."""
         check_ids(ids, truth_ids)
+        measurements = measured(measurements)
         correlations = _per_query(scores, self.subsets, measurements)
         self._keep("correlations", correlations)
-        self._keep("halves", halves(measured(measurements)))
-        self._keep("jackknife", jackknifed(measured(measurements)).t())
+        self._keep("halves", halves(measurements))
+        self._keep("jackknife", jackknifed(measurements).t())
         self._keep("seeds", torch.full_like(correlations, measurements.shape[1]))
 
     def compute(self) -> LDS:

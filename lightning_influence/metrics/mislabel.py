@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_influence.errors import MetricError
 from lightning_influence.metrics.checks import Ids, booleans, check_ids, count_of, floats
 from lightning_influence.metrics.drawing import FAINT, Curve, curves, named
+from lightning_influence.metrics.intervals import with_interval
 from lightning_influence.metrics.metric import InfluenceMetric
 from lightning_influence.metrics.ranks import auroc, auroc_interval, average_precision, found_among_first
 
@@ -63,10 +64,14 @@ class MislabelsFound:
     share_examined: Tensor
     share_found: Tensor
 
+    @property
+    def area(self) -> str:
+        """The area under the ROC curve and its interval, as they are printed."""
+        return with_interval(self.auroc, self.auroc_low, self.auroc_high)
+
     def __str__(self) -> str:
         recalls = "".join(f", {one.recall:.1%} in the first {one.examined}" for one in self.at)
-        area = f"{self.auroc:.3f} [{self.auroc_low:.3f}, {self.auroc_high:.3f}]"
-        return f"AUROC {area}, average precision {self.average_precision:.3f}{recalls}"
+        return f"AUROC {self.area}, average precision {self.average_precision:.3f}{recalls}"
 
 
 def mislabel_detection(

@@ -73,18 +73,22 @@ class Contestant:
 def contestants() -> list[Contestant]:
     """Ours, the baselines and the peers."""
     words, everything = partial(_gradients, "word_embeddings"), partial(_gradients, "all")
-    final, last = partial(_final, "all"), partial(InfluenceFunction, parameters="head.*")
+    final, curvature = partial(_final, "all"), partial(_curvature, "all")
     known = {method.name: method.scores for method in methods()}
     trained = cache(_trained)  # the peers share one training
     return [
-        _ours("TracIn-WE", words, TracInWE),
-        _ours("TracIn-Last", partial(_gradients, "last_layer"), TracInLast),
-        _ours("TracIn, all layers", everything, TracIn),
-        _ours("influence function, last layer", partial(_curvature, "last_layer"), last),
-        _ours("influence function, EK-FAC", partial(_curvature, "all"), InfluenceFunction),
-        _chosen("influence function, EK-FAC, chosen damping"),
-        _ours("projected to rank 16 (LoGra)", _projected, partial(InfluenceFunction, ProjectedGram())),
-        _ours("gradient dot product", final, TracIn),
+        _ours("TracIn-WE", words, lambda _: TracInWE()),
+        _ours("TracIn-Last", partial(_gradients, "last_layer"), lambda _: TracInLast()),
+        _ours("TracIn, all layers", everything, lambda _: TracIn()),
+        _ours(
+            "influence function, last layer",
+            partial(_curvature, "last_layer"),
+            lambda _: InfluenceFunction(parameters="head.*"),
+        ),
+        _ours("influence function, EK-FAC", curvature, lambda _: InfluenceFunction()),
+        _ours("influence function, EK-FAC, chosen damping", curvature, _chosen_damping),
+        _ours("projected to rank 16 (LoGra)", _projected, lambda _: InfluenceFunction(ProjectedGram())),
+        _ours("gradient dot product", final, lambda _: TracIn()),
         Contestant("gradient cosine", partial(_scored, "final", final, gradient_cosine)),
         Contestant("random", partial(_without_store, words, _random)),
         *(Contestant(name, partial(_without_store, words, known[name])) for name in BASELINES),
@@ -108,31 +112,20 @@ def _projected(set_up: SetUp, folder: Path) -> list[Clocked]:
     return [ClockedGradients(folder, "all", every_n_epochs=set_up.recipe.epochs, projection=FactorProjection(16))]
 
 
-def _chosen(name: str) -> Contestant:
+def _chosen_damping(fit: Explained) -> InfluenceFunction:
     """An influence function whose damping is chosen by removals that are trained, judged on texts nobody asks about."""
+    texts, asked = fit.set_up.texts, set(fit.set_up.positions.tolist())
+    held_out = [i for i in range(len(texts.test)) if i not in asked][:_HELD_OUT]
+    fit.ask("final", InfluenceFunction()).choose_damping([texts.batch(held_out)])
+    return InfluenceFunction(damping="auto")
 
-    def choose(fit: Explained) -> InfluenceFunction:
-        texts, asked = fit.set_up.texts, set(fit.set_up.positions.tolist())
-        held_out = [i for i in range(len(texts.test)) if i not in asked][:_HELD_OUT]
-        fit.ask("final", InfluenceFunction()).choose_damping([texts.batch(held_out)])
-        return InfluenceFunction(damping="auto")
 
+def _ours(name: str, stores: Stores, estimator: Callable[[Explained], TracIn | InfluenceFunction]) -> Contestant:
     def scores(fit: Explained, count: int) -> Tensor:
-        return fit.scores("final", choose(fit), count)
+        return fit.scores("final", estimator(fit), count)
 
     def self_influence(fit: Explained, _: int) -> Tensor:
-        return fit.ask("final", choose(fit)).self_influence()
-
-    store = partial(_curvature, "all")
-    return Contestant(name, partial(_scored, "final", store, scores), partial(_scored, "final", store, self_influence))
-
-
-def _ours(name: str, stores: Stores, estimator: Callable[[], TracIn | InfluenceFunction]) -> Contestant:
-    def scores(fit: Explained, count: int) -> Tensor:
-        return fit.scores("final", estimator(), count)
-
-    def self_influence(fit: Explained, _: int) -> Tensor:
-        return fit.ask("final", estimator()).self_influence()
+        return fit.ask("final", estimator(fit)).self_influence()
 
     return Contestant(
         name, partial(_scored, "final", stores, scores), partial(_scored, "final", stores, self_influence)

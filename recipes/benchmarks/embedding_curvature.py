@@ -48,10 +48,9 @@ def rows(config: Any, subsets: int, cache: Path) -> list[Row]:
         store = Path(folder) / "final"
         gradients = GradientSnapshot(store, "all", every_n_epochs=set_up.recipe.epochs)
         fit = fitted(set_up, SEED, Path(folder), [gradients, CurvatureSnapshot(store, "ekfac")])
-        found, _ = lds_of(fit, {" | ".join(key): scores for key, scores in scores_of(fit).items()}, subsets, cache)
+        found, _ = lds_of(fit, scores_of(fit), subsets, cache)
     lines: dict[str, dict[str, str | float]] = {}
-    for name, lds in found.items():
-        part, damping = name.split(" | ")
+    for (part, damping), lds in found.items():
         lines.setdefault(part, {"set": config.title, "gradients of": part})[damping] = str(lds)
     return list(lines.values())
 

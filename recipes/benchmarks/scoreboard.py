@@ -29,11 +29,11 @@ import dataclasses
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from hydra import compose, initialize_config_dir
@@ -66,6 +66,7 @@ SEED, RETRAINED_SEEDS = 0, (100, 101, 102)
 FLIPPED = 0.1
 PEERS = ("kronfluence", "captum", "traker", "dattri")
 Scores = Mapping[str, Tensor]
+Name = TypeVar("Name", bound=Hashable)
 
 
 def flipped(config: Any, set_up: SetUp) -> SetUp:
@@ -115,8 +116,10 @@ def ask(which: Sequence[Contestant], set_up: SetUp, hunted: SetUp) -> Answers:
     return found
 
 
-def lds_of(fit: Explained, scores: Scores, subsets: int, cache: Path) -> tuple[dict[str, QueryMean], NoiseCeiling]:
-    """LDS of every method, and the most that the noise of the retrained models leaves to any."""
+def lds_of(
+    fit: Explained, scores: Mapping[Name, Tensor], subsets: int, cache: Path
+) -> tuple[dict[Name, QueryMean], NoiseCeiling]:
+    """LDS of every method, by whatever names it, and the most that the noise of the retrained models leaves to any."""
     train, recipe = fit.set_up.texts.train, fit.set_up.recipe
     halves = random_subsets(len(train), subsets, 0.5, SEED)
     losses = retrain(
@@ -142,8 +145,7 @@ def auc_of(suspicion: Tensor, wrong: Tensor) -> str:
     """ROC-AUC of a score of suspicion, with its interval over the texts."""
     if not suspicion.isfinite().all():
         return "not finite"
-    found = mislabel_detection(suspicion.double(), wrong)
-    return f"{found.auroc:.3f} [{found.auroc_low:.3f}, {found.auroc_high:.3f}]"
+    return mislabel_detection(suspicion.double(), wrong).area
 
 
 def rows(config: Any, options: argparse.Namespace) -> list[Row]:

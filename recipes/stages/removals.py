@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_influence.metrics import spearman
+from lightning_influence.metrics.intervals import with_interval
 from recipes.truths.retraining import Samples
 
 
@@ -30,7 +31,7 @@ class Interval:
         return cls(value, low, high)
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        return with_interval(self.value, self.low, self.high)
 
 
 @dataclass(frozen=True)
